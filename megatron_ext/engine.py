@@ -1,0 +1,154 @@
+"""The composition: one decoder, cut and sharded in a fixed order, and its optimizer step.
+
+    stages (pp) -> tensor parallelism -> ZeRO -> storage -> initial weights -> pipeline schedule -> optimizer
+
+A step runs every microbatch, makes one collective of three scalars, and updates. It never waits for the device.
+"""
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_ext.errors import RequestError
+from megatron_ext.kernels import KernelConfig, load_kernels
+from megatron_ext.mesh import ParallelConfig, ProcessGrid
+from megatron_ext.models import Decoder, ModelConfig, initialize_weights
+from megatron_ext.optim import LossScaler, Optimizer, OptimizerConfig, PrecisionConfig
+from megatron_ext.option import option
+from megatron_ext.pipeline import Pipeline, PipelineConfig, TiedEmbedding, plan_stages
+from megatron_ext.tensor_parallel import TensorParallel, distribute_parameters
+from megatron_ext.zero import DataParallel, ZeroConfig
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    micro_batch_size: int = option(1, "sequences a rank computes at once")
+    global_batch_size: int | None = option(None, "sequences of one optimizer step (default: one microbatch per rank)")
+    seq_length: int = option(2048, "tokens of a sequence")
+
+    def resolve(self, dp: int) -> "BatchConfig":
+        """With the global batch size filled in. Raises RequestError where it cannot be divided."""
+        if self.micro_batch_size < 1 or self.seq_length < 1:
+            raise RequestError("--micro-batch-size and --seq-length must be at least 1")
+        size = self.global_batch_size or self.micro_batch_size * dp
+        if size < 1 or size % (self.micro_batch_size * dp):
+            raise RequestError(
+                f"--global-batch-size {size} is not a multiple of --micro-batch-size {self.micro_batch_size} x "
+                f"data-parallel size {dp}"
+            )
+        return dataclasses.replace(self, global_batch_size=size)
+
+    def microbatches(self, dp: int) -> int:
+        assert self.global_batch_size is not None
+        return self.global_batch_size // (self.micro_batch_size * dp)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecomputeConfig:
+    recompute_granularity: str | None = option(
+        None, "what is computed again instead of kept: attention cores, or whole layers", choices=("selective", "full")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Everything the engine needs. `validate` refuses what cannot run, before any memory is allocated."""
+
+    model: ModelConfig
+    batch: BatchConfig = BatchConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+    zero: ZeroConfig = ZeroConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    kernels: KernelConfig = KernelConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    seed: int = 1234
+
+    def validate(self, world_size: int) -> "EngineConfig":
+        """The same configuration with the global batch size resolved; raises RequestError."""
+        self.model.validate()
+        dp = self.parallel.data_parallel_size(world_size)
+        batch = self.batch.resolve(dp)
+        tp = self.parallel.tensor_model_parallel_size
+        self.model.validate_tensor_parallel(tp, self.parallel.sequence_parallel, batch.seq_length)
+        self.zero.validate(self.model, tp, self.parallel.zero_shard_size or dp)
+        self.precision.validate()
+        load_kernels(self.kernels)
+        plan_stages(self.pipeline, self.model, self.parallel.pipeline_model_parallel_size, batch.microbatches(dp))
+        return dataclasses.replace(self, batch=batch)
+
+
+class Engine:
+    """One rank of a training run: its decoder stages, their schedule and their optimizer. Collective throughout."""
+
+    def __init__(self, config: EngineConfig, grid: ProcessGrid):
+        config = config.validate(grid.world_size)
+        self.config, self.grid = config, grid
+        n_microbatches = config.batch.microbatches(grid.dp_size)
+        self.layout = plan_stages(config.pipeline, config.model, grid.size("pp"), n_microbatches)
+        self.stages = {i: self._build_stage(i) for i in self.layout.on_rank(grid.rank("pp"))}
+        self.tied = TiedEmbedding([stage.decoder for stage in self.stages.values()], grid)
+        self.pipeline = Pipeline(
+            self.layout, self.stages, grid, n_microbatches, config.batch.micro_batch_size, config.batch.seq_length
+        )
+        self.parameters = self._named_parameters()
+        self.optimizer = Optimizer(config.optimizer, self.parameters, grid, uncounted=self.copies())
+        self.loss_scaler = LossScaler(config.precision, grid.device)
+
+    def _build_stage(self, index: int) -> DataParallel:
+        config, grid = self.config, self.grid
+        with torch.device("meta"):
+            decoder = Decoder(
+                config.model,
+                self.layout.stages[index],
+                TensorParallel.from_grid(grid, config.parallel.sequence_parallel),
+                load_kernels(config.kernels),
+                config.precision.compute,
+                config.recompute.recompute_granularity,
+            ).to(config.precision.stored)
+        distribute_parameters(decoder, grid.mesh["tp"])
+        stage = DataParallel(decoder, grid, config.zero.zero_stage)
+        decoder.to_empty(device=grid.device)
+        initialize_weights(decoder, config.model, config.seed)
+        return stage
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters under their global names. The head that copies a tied embedding keeps its own."""
+        return {name: p for stage in self.stages.values() for name, p in stage.module.named_parameters()}
+
+    def copies(self) -> frozenset[str]:
+        """Names of parameters that are copies of one on another stage (the tied head)."""
+        return frozenset(name for name, p in self.parameters.items() if p is self.tied.copy)
+
+    def train_step(self, batch: Batch, lr: float, stop: bool = False) -> torch.Tensor:
+        """Forward, backward and update for one global batch.
+
+        batch: "tokens" and "labels" [global batch / dp, s] int64 on the device, optionally "loss_mask",
+        "document_ids", "position_ids". `stop`: this rank wishes to stop.
+        Returns float64 [loss, gradient norm before clipping, ranks that wish to stop, 1 if the step was skipped
+        for a gradient that is not finite], equal on every rank, still on the device.
+        """
+        scale = self.loss_scaler.scale
+        loss = self.pipeline.forward_backward(batch, scale)
+        self.tied.sum_gradients()
+        wish = torch.full((), float(stop), dtype=torch.float64, device=self.grid.device)
+        totals = torch.stack([self._share_of_loss(loss), self.optimizer.norm_contribution(), wish])
+        dist.all_reduce(totals)
+        scaled_norm = totals[1].sqrt()
+        skipped = self.optimizer.step(lr, scaled_norm, scale)
+        self.loss_scaler.update(skipped)
+        return torch.stack([totals[0], scaled_norm / scale, totals[2], skipped.double()])
+
+    def eval_step(self, batch: Batch) -> torch.Tensor:
+        """Mean loss of a batch without training on it: float64 scalar on the device, equal on every rank."""
+        loss = self._share_of_loss(self.pipeline.evaluate(batch))
+        dist.all_reduce(loss)
+        return loss
+
+    def _share_of_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss / (self.grid.dp_size * self.grid.size("tp"))

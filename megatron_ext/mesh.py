@@ -1,0 +1,141 @@
+"""The process grid: who holds which part of the model and of the batch.
+
+Ranks are numbered with tensor parallelism fastest, then data parallelism, then pipeline parallelism, so that
+the ranks that talk most share a node (Narayanan et al., arXiv 2104.04473, section 3):
+
+    rank = ((pp * dp_replicate + dp_replicate_rank) * dp_shard + dp_shard_rank) * tp + tp_rank
+"""
+
+import dataclasses
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megatron_ext.errors import RequestError
+from megatron_ext.option import option
+
+AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How the world is divided. The data-parallel degree is what the other two leave."""
+
+    tensor_model_parallel_size: int = option(1, "ranks that share every layer (TP)")
+    pipeline_model_parallel_size: int = option(1, "ranks that share the stack of layers (PP)")
+    sequence_parallel: bool = option(False, "shard the activations between TP regions along the sequence")
+    zero_shard_size: int | None = option(
+        None, "ranks over which ZeRO shards; the rest of the data-parallel ranks replicate (default: all of them)"
+    )
+    distributed_timeout_minutes: int = option(30, "a collective that waits longer ends the run")
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Data-parallel degree at `world_size` ranks. Raises RequestError where the degrees do not fit."""
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        if world_size % self.model_parallel_size:
+            raise RequestError(
+                f"world size {world_size} is not a multiple of TP x PP = {tp} x {pp} = {tp * pp} "
+                f"(--tensor-model-parallel-size, --pipeline-model-parallel-size): start "
+                f"{-(-world_size // (tp * pp)) * tp * pp} ranks (torchrun --nproc-per-node) or change the degrees"
+            )
+        dp = world_size // self.model_parallel_size
+        if self.zero_shard_size is not None and (self.zero_shard_size < 1 or dp % self.zero_shard_size):
+            raise RequestError(
+                f"--zero-shard-size {self.zero_shard_size} does not divide the data-parallel size {dp} "
+                f"(world {world_size} / TP {tp} / PP {pp}): use one of "
+                f"{', '.join(str(n) for n in range(1, dp + 1) if dp % n == 0)}"
+            )
+        if self.sequence_parallel and tp == 1:
+            raise RequestError("--sequence-parallel needs --tensor-model-parallel-size of at least 2")
+        return dp
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessGrid:
+    """One rank's place in the grid, and the device mesh with the process groups of every axis."""
+
+    mesh: DeviceMesh
+    device: torch.device
+
+    def size(self, axis: str) -> int:
+        return self.mesh[axis].size()
+
+    def rank(self, axis: str) -> int:
+        return self.mesh[axis].get_local_rank()
+
+    @property
+    def world_size(self) -> int:
+        return self.mesh.size()
+
+    @property
+    def dp_size(self) -> int:
+        return self.size("dp_replicate") * self.size("dp_shard")
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank("dp_replicate") * self.size("dp_shard") + self.rank("dp_shard")
+
+    @property
+    def describe(self) -> str:
+        """'PP 2 x DP 2 x TP 2', with the two data-parallel axes named where both are in use."""
+        dp = str(self.dp_size)
+        if self.size("dp_replicate") > 1 and self.size("dp_shard") > 1:
+            dp += f" ({self.size('dp_replicate')} replicas of {self.size('dp_shard')} shards)"
+        return f"PP {self.size('pp')} x DP {dp} x TP {self.size('tp')}"
+
+
+def world_size_from_environment() -> int:
+    """How many ranks were started: torchrun's WORLD_SIZE, or one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_from_environment() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_device() -> torch.device:
+    """This rank's device: its own GPU where there are any, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def init_distributed(timeout_minutes: int = 30) -> torch.device:
+    """Join the world that torchrun started, or make one of a single process.
+
+    NCCL carries CUDA tensors and gloo CPU tensors. Returns this rank's device.
+    """
+    device = local_device()
+    if device.type == "cuda":
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if local_ranks > torch.cuda.device_count():
+            raise RequestError(
+                f"{local_ranks} ranks were started on a node with {torch.cuda.device_count()} GPUs: "
+                f"use torchrun --nproc-per-node {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(device)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return device
+
+
+def build_grid(config: ParallelConfig, device: torch.device) -> ProcessGrid:
+    """The grid over all ranks of the default process group. Collective: every rank calls it."""
+    dp = config.data_parallel_size(dist.get_world_size())
+    shard = config.zero_shard_size or dp
+    shape = (config.pipeline_model_parallel_size, dp // shard, shard, config.tensor_model_parallel_size)
+    return ProcessGrid(init_device_mesh(device.type, shape, mesh_dim_names=AXES), device)

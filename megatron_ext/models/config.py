@@ -1,0 +1,82 @@
+"""The shape of a model, in Megatron-LM's words."""
+
+import dataclasses
+
+from megatron_ext.errors import RequestError
+from megatron_ext.option import option
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A LLaMA-style decoder. Sizes are global; nothing here depends on how the model is distributed."""
+
+    num_layers: int = option(help="decoder layers")
+    hidden_size: int = option(help="width of the residual stream")
+    ffn_hidden_size: int = option(help="width of the SwiGLU feed-forward network")
+    num_attention_heads: int = option(help="query heads")
+    vocab_size: int = option(help="rows of the embedding, never padded (default: the tokenizer's pieces)")
+    num_query_groups: int | None = option(None, "key/value heads (default: as many as query heads)")
+    kv_channels: int | None = option(None, "size of a head (default: hidden size / query heads)")
+    max_position_embeddings: int = option(2048, "longest sequence the model is meant for")
+    rotary_base: float = option(10000.0, "theta of the rotary embedding")
+    rope_scaling: str = option("none", "how long contexts stretch the rotation", choices=("none", "linear", "llama3"))
+    rope_scaling_factor: float = option(1.0, "stretch of the context: new length / original length")
+    rope_low_freq_factor: float = option(1.0, "llama3 scaling: wavelengths above original / this are stretched fully")
+    rope_high_freq_factor: float = option(4.0, "llama3 scaling: wavelengths below original / this are left alone")
+    rope_original_max_position: int = option(8192, "llama3 scaling: context length before stretching")
+    norm_epsilon: float = option(1e-5, "added to the mean square in RMSNorm")
+    add_qkv_bias: bool = option(False, "biases on the query, key and value projections")
+    add_bias_linear: bool = option(False, "biases on every linear layer of the decoder")
+    untie_embeddings_and_output_weights: bool = option(True, "the output matrix is a parameter of its own")
+    init_method_std: float = option(0.02, "standard deviation of the initial weights")
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def tied(self) -> bool:
+        return not self.untie_embeddings_and_output_weights
+
+    def validate(self) -> None:
+        """Raise RequestError where the numbers do not make a model."""
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise RequestError(
+                f"--hidden-size {self.hidden_size} is not a multiple of --num-attention-heads "
+                f"{self.num_attention_heads}: change one, or give the head size with --kv-channels"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise RequestError(
+                f"--num-query-groups {self.kv_heads} does not divide --num-attention-heads {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise RequestError(f"head size {self.head_dim} is odd, and rotary embedding turns pairs: use an even one")
+
+    def validate_tensor_parallel(self, tp: int, sequence_parallel: bool, seq_length: int) -> None:
+        """Raise RequestError where `tp` ranks cannot share this model's layers evenly."""
+
+        def refuse(what: str, value: int) -> None:
+            raise RequestError(f"{what} {value} is not divisible by --tensor-model-parallel-size {tp}")
+
+        if self.num_attention_heads % tp:
+            refuse("--num-attention-heads", self.num_attention_heads)
+        if self.kv_heads % tp and tp % self.kv_heads:
+            raise RequestError(
+                f"--num-query-groups {self.kv_heads} neither divides nor is divided by "
+                f"--tensor-model-parallel-size {tp}"
+            )
+        if self.ffn_hidden_size % tp:
+            refuse("--ffn-hidden-size", self.ffn_hidden_size)
+        if sequence_parallel and seq_length % tp:
+            refuse("--seq-length (with --sequence-parallel)", seq_length)
+        if (tp - 1) * -(-self.vocab_size // tp) >= self.vocab_size:
+            raise RequestError(
+                f"--vocab-size {self.vocab_size} leaves a rank without a row at --tensor-model-parallel-size {tp}"
+            )

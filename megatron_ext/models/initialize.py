@@ -1,0 +1,67 @@
+"""Initial weights that depend on the seed and the parameter's name only, never on the layout.
+
+Every parameter is drawn in blocks of rows, each block from a generator seeded by (seed, name, block); a rank
+draws the blocks that its rows touch and keeps its columns. Values are drawn in float32 and cast. On a CUDA
+device the generator is CUDA's: the same seed gives the same weights at every layout on one kind of device.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from megatron_ext.models.config import ModelConfig
+
+_ROWS_PER_BLOCK = 1024
+
+
+def _block_seed(seed: int, name: str, block: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+def _standard_deviation(name: str, config: ModelConfig) -> float:
+    """Radford et al. 2019 (GPT-2), as in Megatron-LM: what writes to the residual stream starts smaller."""
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return config.init_method_std / math.sqrt(2 * config.num_layers)
+    return config.init_method_std
+
+
+def _normal_slice(shape: torch.Size, offset: tuple[int, ...], local: torch.Tensor, std: float, name: str, seed: int):
+    """Fill `local`, the part at `offset` of a matrix of global `shape`."""
+    if local.numel() == 0:
+        return
+    rows, columns = shape
+    first, last = offset[0], offset[0] + local.shape[0]
+    for block in range(first // _ROWS_PER_BLOCK, -(-last // _ROWS_PER_BLOCK)):
+        start = block * _ROWS_PER_BLOCK
+        stop = min(start + _ROWS_PER_BLOCK, rows)
+        generator = torch.Generator(local.device).manual_seed(_block_seed(seed, name, block))
+        values = torch.empty(stop - start, columns, device=local.device)
+        values.normal_(0.0, std, generator=generator)
+        low, high = max(first, start), min(last, stop)
+        wanted = values[low - start : high - start, offset[1] : offset[1] + local.shape[1]]
+        local[low - first : high - first].copy_(wanted)
+
+
+@torch.no_grad()
+def initialize_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Give every parameter of a stage its initial values: norms 1, biases 0, matrices normal.
+
+    `model`'s parameters are DTensors with storage (uninitialised). Tied output weights draw the embedding's.
+    """
+    for name, param in model.named_parameters():
+        assert isinstance(param, DTensor)
+        local = param.to_local()
+        if name.endswith("bias"):
+            local.zero_()
+        elif param.ndim == 1:
+            local.fill_(1.0)
+        else:
+            _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+            if config.tied and name == "lm_head.weight":
+                name = "embed_tokens.weight"
+            _normal_slice(param.shape, offset, local, _standard_deviation(name, config), name, seed)

@@ -1,0 +1,8 @@
+"""The optimizer step: parameter groups, clipping by the global norm, loss scaling, and the rate's schedule."""
+
+from megatron_ext.optim.config import OptimizerConfig, PrecisionConfig
+from megatron_ext.optim.loss_scale import LossScaler
+from megatron_ext.optim.optimizer import Optimizer
+from megatron_ext.optim.rate import learning_rate
+
+__all__ = ["LossScaler", "Optimizer", "OptimizerConfig", "PrecisionConfig", "learning_rate"]

@@ -1,0 +1,140 @@
+"""AdamW on this rank's shards, with clipping by the norm of the whole model's gradient."""
+
+import math
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from megatron_ext.mesh import ProcessGrid
+from megatron_ext.optim.config import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Optimizer:
+    """Fused AdamW over the local parts of sharded parameters.
+
+    named: this rank's parameters by name (DTensors with storage); `uncounted`: parameters that stand for ones on
+    another rank and so do not count in the norm. The optimizer works on plain tensors that share the parameters'
+    storage; a rank with nothing trainable has no optimizer but takes part in the norm.
+    """
+
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        named: dict[str, nn.Parameter],
+        grid: ProcessGrid,
+        uncounted: frozenset[str] = frozenset(),
+    ):
+        self.config, self.grid = config, grid
+        self.params = {name: p for name, p in named.items() if p.requires_grad}
+        self._uncounted = uncounted
+        self._locals = {name: nn.Parameter(_local(p), requires_grad=True) for name, p in self.params.items()}
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, p in self.params.items():
+            if self._locals[name].numel():
+                groups[decays(name, p)].append(self._locals[name])
+        self._adam: torch.optim.AdamW | None = None
+        if any(groups.values()):
+            self._adam = torch.optim.AdamW(
+                [
+                    {"params": params, "weight_decay": config.weight_decay if decayed else 0.0}
+                    for decayed, params in groups.items()
+                    if params
+                ],
+                lr=config.lr,
+                betas=(config.adam_beta1, config.adam_beta2),
+                eps=config.adam_eps,
+                fused=True,
+            )
+        self._moments = {
+            name: {moment: torch.zeros_like(local) for moment in MOMENTS} for name, local in self._locals.items()
+        }
+        self.step_count = torch.zeros((), dtype=torch.float32, device=grid.device)
+        if self._adam is not None:
+            for name, local in self._locals.items():
+                if local.numel():
+                    self._adam.state[local] = {"step": self.step_count.clone(), **self._moments[name]}
+
+    @torch.no_grad()
+    def norm_contribution(self) -> torch.Tensor:
+        """This rank's share of the squared global gradient norm, float64: the sum over the world is the square.
+
+        Each local part counts by one over the number of ranks of its pipeline stage that hold the same elements.
+        """
+        grads, shares = [], []
+        stage_ranks = self.grid.world_size // self.grid.size("pp")
+        for name, param in self.params.items():
+            if param.grad is None or name in self._uncounted:
+                continue
+            assert isinstance(param.grad, DTensor)
+            grad = param.grad
+            parts = math.prod(
+                grad.device_mesh.size(i) for i, placement in enumerate(grad.placements) if placement.is_shard()
+            )
+            grads.append(grad.to_local())
+            shares.append(parts / stage_ranks)
+        if not grads:
+            return torch.zeros((), dtype=torch.float64, device=self.grid.device)
+        norms = torch.stack(torch._foreach_norm(grads)).double()
+        return (norms.square() * torch.tensor(shares, dtype=torch.float64, device=norms.device)).sum()
+
+    @torch.no_grad()
+    def step(self, lr: float, norm: torch.Tensor, loss_scale: torch.Tensor | float) -> torch.Tensor:
+        """Clip by the global `norm` of the (scaled) gradients and update; then forget the gradients.
+
+        A step whose norm is not finite changes nothing. Returns float32 1 for such a step, else 0. Nothing here
+        waits for the device.
+        """
+        found_inf = (~norm.isfinite()).to(torch.float32)
+        if self._adam is not None:
+            factor = 1.0 / loss_scale
+            if self.config.clip_grad > 0:
+                factor = factor * (self.config.clip_grad / (norm / loss_scale + 1e-6)).clamp(max=1.0)
+            grads = []
+            for name, local in self._locals.items():
+                grad = self.params[name].grad
+                if grad is not None and local.numel():
+                    local.grad = _local(grad)
+                    grads.append(local.grad)
+            if grads and isinstance(factor, torch.Tensor):
+                torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+            for group in self._adam.param_groups:
+                group["lr"] = lr
+            self._adam.found_inf = found_inf  # type: ignore[attr-defined]  # the fused kernel skips on the device
+            self._adam.step()
+        self.step_count += 1 - found_inf
+        self.zero_grad()
+        return found_inf
+
+    def zero_grad(self) -> None:
+        for name, param in self.params.items():
+            param.grad = None
+            self._locals[name].grad = None
+
+    def moments(self, name: str) -> dict[str, DTensor]:
+        """exp_avg and exp_avg_sq of a parameter, placed as the parameter is; they share the optimizer's storage."""
+        param = self.params[name]
+        assert isinstance(param, DTensor)
+        return {
+            moment: DTensor.from_local(
+                value, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+            )
+            for moment, value in self._moments[name].items()
+        }
+
+    def set_step_count(self, steps: torch.Tensor) -> None:
+        self.step_count.copy_(steps)
+        if self._adam is not None:
+            for state in self._adam.state.values():
+                state["step"].copy_(steps)
+
+
+def decays(name: str, param: torch.Tensor) -> bool:
+    """Weight decay applies to matrices only, as in Megatron-LM: not to norms, not to biases."""
+    return param.ndim > 1 and not name.endswith("bias")
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -1,0 +1,179 @@
+"""Running one batch through the stages: torch's schedules over stages whose data parallelism is ours."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+
+from megatron_ext.mesh import ProcessGrid
+from megatron_ext.models import Decoder
+from megatron_ext.pipeline.forward_only import forward_only
+from megatron_ext.pipeline.layout import StageLayout
+from megatron_ext.zero import DataParallel
+
+_SCHEDULE_CLASSES: dict[str, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero-bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+
+Batch = dict[str, torch.Tensor]
+
+
+class _Opaque(nn.Module):
+    """Hides that the stage is an FSDP module: torch's schedules would gather and reduce whole stages themselves."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.module(*args, **kwargs)
+
+
+class _Stage(PipelineStage):
+    """A stage that tells its data parallelism about every backward pass, whole or in halves."""
+
+    def __init__(self, data_parallel: DataParallel, **kwargs: Any):
+        super().__init__(submodule=_Opaque(data_parallel.module), **kwargs)
+        self.data_parallel = data_parallel
+
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False) -> Any:
+        self.data_parallel.before_backward(backward_type, last_backward)
+        result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        self.data_parallel.after_backward(backward_type, last_backward)
+        return result
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """Nothing left to do: gradients were reduced as the ZeRO stage says, and the loss carries the scale."""
+
+
+class Pipeline:
+    """All microbatches of one optimizer step, forward and backward, over this rank's stages.
+
+    stages: global stage index -> data-parallel decoder, for the stages of this rank. Losses are means over the
+    tokens of a microbatch; gradients end up as the mean over all microbatches and data-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        layout: StageLayout,
+        stages: dict[int, DataParallel],
+        grid: ProcessGrid,
+        n_microbatches: int,
+        micro_batch_size: int,
+        seq_length: int,
+    ):
+        self.layout, self.stages, self.grid = layout, stages, grid
+        self.n_microbatches = n_microbatches
+        self._micro_batch_size, self._seq_length = micro_batch_size, seq_length
+        self.holds_first = 0 in stages
+        self.holds_last = len(layout.stages) - 1 in stages
+        self._loss_scale: torch.Tensor | float = 1.0
+        self._losses: list[torch.Tensor] = []
+        self._schedule = None if layout.schedule == "none" else self._build()
+
+    def _build(self) -> Any:
+        stages = [self._stage(i, data_parallel) for i, data_parallel in self.stages.items()]
+        schedule = _SCHEDULE_CLASSES[self.layout.schedule]
+        single = len(stages) == 1 and self.layout.schedule in ("gpipe", "1f1b")
+        return schedule(
+            stages[0] if single else stages,
+            n_microbatches=self.n_microbatches,
+            loss_fn=self._scaled_loss,
+            scale_grads=False,
+        )
+
+    def _scaled_loss(self, loss: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
+        """The last stage computes its own loss, so that the schedule never holds on to logits; scale and note it."""
+        self._losses.append(loss.detach())
+        return loss * self._loss_scale
+
+    def _hidden(self, device: torch.device | str) -> torch.Tensor:
+        """Uninitialised room for what one stage hands to the next for a microbatch."""
+        decoder = next(iter(self.stages.values())).decoder
+        length = self._seq_length // (decoder.tp.size if decoder.tp.sequence_parallel else 1)
+        return torch.empty(
+            self._micro_batch_size, length, decoder.config.hidden_size, dtype=decoder.dtype, device=device
+        )
+
+    def _stage(self, index: int, data_parallel: DataParallel) -> _Stage:
+        decoder: Decoder = data_parallel.decoder
+        ids = torch.empty(self._micro_batch_size, self._seq_length, dtype=torch.int64, device="meta")
+        loss = torch.empty(1, dtype=torch.promote_types(decoder.dtype, torch.float32), device="meta")
+        return _Stage(
+            data_parallel=data_parallel,
+            stage_index=index,
+            num_stages=len(self.layout.stages),
+            device=self.grid.device,
+            input_args=ids if decoder.stage.has_embedding else self._hidden("meta").requires_grad_(),
+            output_args=(loss if decoder.stage.has_head else self._hidden("meta")).requires_grad_(),
+            group=self.grid.mesh["pp"].get_group(),
+        )
+
+    def forward_backward(self, batch: Batch, loss_scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """Run the batch ([microbatches x micro batch size, s] tensors on the device); gradients accumulate in .grad.
+
+        Returns this rank's mean loss over its microbatches (float64 scalar), 0 where the last stage is elsewhere.
+        """
+        scale = loss_scale / (self.n_microbatches * self.grid.dp_size)  # gradients are summed over both
+        if self._schedule is None:
+            return self._one_stage(batch, scale)
+        self._loss_scale = scale
+        self._call(self._schedule.step, batch, return_outputs=False)
+        return self._take_mean_loss()
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        """The mean loss of a batch, without gradients; as `forward_backward` returns it."""
+        modules = {index: stage.module for index, stage in self.stages.items()}
+        self._losses += forward_only(modules, self.layout, self._split(batch), self.grid, self._hidden)
+        for data_parallel in self.stages.values():
+            data_parallel.reshard()
+        return self._take_mean_loss()
+
+    def _one_stage(self, batch: Batch, scale: torch.Tensor | float) -> torch.Tensor:
+        data_parallel = self.stages[0]
+        for i, part in enumerate(self._split(batch)):
+            last = i == self.n_microbatches - 1
+            loss = data_parallel.module(part.pop("tokens"), **part)
+            self._losses.append(loss.detach())
+            data_parallel.before_backward("full", last)
+            (loss * scale).backward()
+            data_parallel.after_backward("full", last)
+        return self._take_mean_loss()
+
+    def _call(self, run: Any, batch: Batch, **options: Any) -> None:
+        batch = dict(batch)
+        tokens, labels = batch.pop("tokens"), batch["labels"]
+        if not self.holds_last:
+            del batch["labels"]
+            batch.pop("loss_mask", None)
+        run(
+            *([tokens] if self.holds_first else []),
+            target=labels if self.holds_last else None,
+            **options,
+            **batch,
+        )
+
+    def _split(self, batch: Batch) -> list[Batch]:
+        parts = {name: tensor.chunk(self.n_microbatches) for name, tensor in batch.items()}
+        return [{name: chunks[i] for name, chunks in parts.items()} for i in range(self.n_microbatches)]
+
+    def _take_mean_loss(self) -> torch.Tensor:
+        losses, self._losses = self._losses, []
+        if not losses:
+            return torch.zeros((), dtype=torch.float64, device=self.grid.device)
+        return torch.cat(losses).double().mean()

@@ -1,0 +1,55 @@
+"""One matrix on two stages: the embedding on the first, the same weights as the head on the last.
+
+Both copies start equal, take the same gradient and the same optimizer step, and so stay equal bit for bit. The
+first stage's copy is the one that counts in the gradient norm and is written to checkpoints.
+"""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from megatron_ext.mesh import ProcessGrid
+from megatron_ext.models import Decoder
+
+
+class TiedEmbedding:
+    """The copies of the tied matrix that this rank holds: none, one or (V-shaped schedules) both."""
+
+    def __init__(self, decoders: list[Decoder], grid: ProcessGrid):
+        self.source: torch.nn.Parameter | None = None
+        self.copy: torch.nn.Parameter | None = None
+        self._group = grid.mesh["pp"].get_group()
+        self._first, self._last = 0, grid.size("pp") - 1
+        for decoder in decoders:
+            if not decoder.config.tied or decoder.stage.has_embedding == decoder.stage.has_head:
+                continue
+            if decoder.stage.has_embedding:
+                self.source = decoder.embed_tokens.weight
+            else:
+                self.copy = decoder.lm_head.weight
+
+    @torch.no_grad()
+    def sum_gradients(self) -> None:
+        """Give both copies the sum of their gradients. The ranks of the two stages call it together."""
+        if self.source is not None and self.copy is not None:
+            total = _local_grad(self.source) + _local_grad(self.copy)
+            _local_grad(self.source).copy_(total)
+            _local_grad(self.copy).copy_(total)
+            return
+        mine = self.source if self.source is not None else self.copy
+        if mine is None:
+            return
+        grad = _local_grad(mine)
+        if grad.numel() == 0:
+            return
+        other = torch.empty_like(grad)
+        peer = dist.get_global_rank(self._group, self._last if mine is self.source else self._first)
+        ops = [dist.P2POp(dist.isend, grad.contiguous(), peer, self._group), dist.P2POp(dist.irecv, other, peer, self._group)]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+        grad.add_(other)
+
+
+def _local_grad(param: torch.nn.Parameter) -> torch.Tensor:
+    assert isinstance(param.grad, DTensor)
+    return param.grad.to_local()

@@ -1,0 +1,29 @@
+"""Megatron-style tensor and sequence parallelism on plain local tensors (arXiv 1909.08053, 2205.05198).
+
+Parameters are *stored* as DTensors on the tp mesh, so every parameter says how it is sharded; computation
+reads their local tensors and calls the collectives here.
+"""
+
+from megatron_ext.tensor_parallel.context import TensorParallel
+from megatron_ext.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron_ext.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    Replicated,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    column_parallel,
+)
+from megatron_ext.tensor_parallel.storage import distribute_parameters, parameter_shard_dim, tp_shard_range
+
+__all__ = [
+    "ColumnParallelLinear",
+    "Replicated",
+    "RowParallelLinear",
+    "TensorParallel",
+    "VocabParallelEmbedding",
+    "column_parallel",
+    "distribute_parameters",
+    "parameter_shard_dim",
+    "tp_shard_range",
+    "vocab_parallel_cross_entropy",
+]

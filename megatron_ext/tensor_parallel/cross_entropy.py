@@ -1,0 +1,54 @@
+"""Cross entropy over logits whose vocabulary is cut over tp: the full logits never exist on one rank.
+
+Source: Shoeybi et al., arXiv 1909.08053, section 3 (fused parallel cross entropy). Two all-reduces of [b, s]:
+the maximum, and the sum of exponentials with the target's logit.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext.tensor_parallel.context import TensorParallel
+from megatron_ext.tensor_parallel.storage import tp_shard_range
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, start: int, tp: TensorParallel) -> torch.Tensor:
+        accumulate = torch.promote_types(logits.dtype, torch.float32)  # float64 stays, half precision does not
+        shifted = logits.flatten(0, -2).to(accumulate)
+        peak = shifted.amax(-1, keepdim=True)
+        if tp.size > 1:
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=tp.group)
+        shifted = shifted - peak
+        index = labels.flatten() - start
+        mine = (index >= 0) & (index < shifted.shape[-1])
+        index = index.clamp(0, shifted.shape[-1] - 1)
+        target = shifted.gather(-1, index[:, None])[:, 0] * mine
+        exp = shifted.exp_()
+        sums = torch.stack([exp.sum(-1), target])
+        if tp.size > 1:
+            dist.all_reduce(sums, group=tp.group)
+        ctx.save_for_backward(exp, sums[0], index, mine)
+        ctx.shape, ctx.dtype = logits.shape, logits.dtype
+        return (sums[0].log() - sums[1]).view(labels.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        exp, total, index, mine = ctx.saved_tensors
+        probability = exp / total[:, None]
+        probability.scatter_add_(-1, index[:, None], -mine.to(exp.dtype)[:, None])
+        probability.mul_(grad.flatten()[:, None])
+        return probability.to(ctx.dtype).view(ctx.shape), None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, tp: TensorParallel
+) -> torch.Tensor:
+    """Loss of every token, in at least float32.
+
+    logits [b, s, this rank's share of vocab_size], labels [b, s] int64 with ids of the whole vocabulary -> [b, s].
+    """
+    start, _ = tp_shard_range(vocab_size, tp.size, tp.rank)
+    return _VocabParallelCrossEntropy.apply(logits, labels, start, tp)

@@ -1,0 +1,110 @@
+"""Linear layers and the embedding, cut over the tensor-parallel group.
+
+Constructed with *global* shapes; `storage.distribute_parameters` cuts them by `tp_shard_dims`. Activations are
+[batch, sequence, hidden], or [batch, sequence / tp, hidden] between parallel regions under sequence parallelism.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_ext.tensor_parallel.collectives import leave
+from megatron_ext.tensor_parallel.context import TensorParallel
+from megatron_ext.tensor_parallel.linear import column_parallel_linear
+from megatron_ext.tensor_parallel.storage import local, tp_shard_range
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T + b with the output features cut over tp. Call through `column_parallel`.
+
+    `replicated=True` keeps the whole weight on every rank and uses only `rows` of it: for key and value heads
+    that are fewer than the ranks. Its gradient is then a sum over the ranks that share a head.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        tp: TensorParallel,
+        bias: bool = False,
+        rows: slice | None = None,
+    ):
+        super().__init__()
+        self.tp = tp
+        self.rows = rows
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.tp_shard_dims = {"weight": 0, "bias": 0} if rows is None else {}
+
+    def local_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._local(self.weight, dtype)
+
+    def add_bias(self, y: torch.Tensor) -> torch.Tensor:
+        return y if self.bias is None else y + self._local(self.bias, y.dtype)
+
+    def _local(self, param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self.rows is None:
+            return local(param, dtype)
+        return local(param, dtype, partial_grad=True)[self.rows]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return column_parallel(x, self)[0]
+
+
+def column_parallel(x: torch.Tensor, *layers: ColumnParallelLinear) -> list[torch.Tensor]:
+    """Several column-parallel layers of one input: x is gathered once, its gradient reduced once."""
+    outputs = column_parallel_linear(x, [layer.local_weight(x.dtype) for layer in layers], layers[0].tp)
+    return [layer.add_bias(y) for layer, y in zip(layers, outputs, strict=True)]
+
+
+class RowParallelLinear(nn.Module):
+    """y = sum over tp of x_r W_r^T, + b: the input features are cut over tp, the output is whole again."""
+
+    tp_shard_dims = {"weight": 1}
+
+    def __init__(self, in_features: int, out_features: int, tp: TensorParallel, bias: bool = False):
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = leave(F.linear(x, local(self.weight, x.dtype)), self.tp)
+        if self.bias is not None:  # after the sum, once; under sequence parallelism each rank sees its own tokens
+            y = y + local(self.bias, y.dtype, partial_grad=self.tp.sequence_parallel)
+        return y
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token embedding with the vocabulary cut over tp, any size, nothing padded.
+
+    ids [b, s] int64 -> [b, s, h] (or [b, s/tp, h]) in `dtype`.
+    """
+
+    tp_shard_dims = {"weight": 0}
+
+    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        self.vocab_size = vocab_size
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        weight = local(self.weight, self.weight.dtype)
+        if self.tp.size == 1:
+            return F.embedding(ids, weight).to(dtype)
+        start, stop = tp_shard_range(self.vocab_size, self.tp.size, self.tp.rank)
+        mine = (ids >= start) & (ids < stop)
+        rows = F.embedding((ids - start).clamp(0, stop - start - 1), weight)
+        return leave((rows * mine[..., None]).to(dtype), self.tp)
+
+
+class Replicated(nn.Module):
+    """Base of layers whose weights every tp rank holds whole and applies to its own slice of the sequence."""
+
+    def __init__(self, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+
+    def read(self, param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return local(param, dtype, partial_grad=self.tp.sequence_parallel)

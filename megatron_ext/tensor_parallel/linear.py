@@ -1,0 +1,69 @@
+"""The column-parallel product with its input collective inside, so that communication hides behind compute.
+
+Forward: (gather the sequence,) y_i = x W_i^T for every weight that reads the same input (q, k and v; gate and up).
+Backward: dx = sum_i dy_i W_i is reduced over tp while the weight gradients are computed. Under sequence
+parallelism only this rank's slice of x is kept for backward and gathered again, as in arXiv 2205.05198, 4.2.2.
+
+Under zero-bubble schedules autograd visits the node twice, once for dx and once for the dW; each visit does its
+own half only.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from megatron_ext.tensor_parallel.collectives import gather_sequence, scatter_sequence_sum
+from megatron_ext.tensor_parallel.context import TensorParallel
+
+
+def _wanted(ctx: Any, index: int) -> bool:
+    """Whether this backward pass goes on to tensor input `index` (autograd.grad on a subset may not)."""
+    node = ctx.next_functions[index][0]
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that autograd.grad was asked for
+        return True
+
+
+class _ColumnParallelLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tp: TensorParallel, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.tp = tp
+        ctx.save_for_backward(x, *weights)
+        full = gather_sequence(x, tp) if tp.sequence_parallel else x
+        return tuple(F.linear(full, w) for w in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        tp: TensorParallel = ctx.tp
+        x, *weights = ctx.saved_tensors
+        want_x = _wanted(ctx, 0)
+        want_w = [_wanted(ctx, 1 + i) for i in range(len(weights))]
+
+        dx, work = None, None
+        if want_x:
+            dx = grads[0] @ weights[0]
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                dx = dx + grad @ weight
+            if tp.sequence_parallel:
+                dx, work = scatter_sequence_sum(dx, tp, async_op=True)
+            else:
+                work = dist.all_reduce(dx, group=tp.group, async_op=True)
+        dw: list[torch.Tensor | None] = [None] * len(weights)
+        if any(want_w):
+            full = (gather_sequence(x, tp) if tp.sequence_parallel else x).flatten(0, 1)
+            dw = [g.flatten(0, 1).T @ full if want else None for g, want in zip(grads, want_w, strict=True)]
+        if work is not None:
+            work.wait()
+        return (dx, None, *dw)
+
+
+def column_parallel_linear(x: torch.Tensor, weights: list[torch.Tensor], tp: TensorParallel) -> list[torch.Tensor]:
+    """x [b, s or s/tp, h] times each local weight [out_i/tp, h] -> [b, s, out_i/tp] each, in x's dtype."""
+    if tp.size == 1:
+        return [F.linear(x, w) for w in weights]
+    return list(_ColumnParallelLinear.apply(x, tp, *weights))

@@ -1,0 +1,63 @@
+"""How parameters are stored: every one a DTensor on the tp mesh, also where tp is 1.
+
+One code path, one set of keys, and one source of truth: checkpoints, conversion, the gradient norm and
+initialisation all read the placement of the parameter itself. Nothing is padded: rank r of a dimension of
+size n holds rows [r * ceil(n / tp), (r + 1) * ceil(n / tp)), cut off at n (torch.chunk's rule).
+"""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+
+def tp_shard_range(size: int, tp_size: int, tp_rank: int) -> tuple[int, int]:
+    """First and one-past-last index that `tp_rank` holds of a dimension of `size`."""
+    chunk = -(-size // tp_size)
+    return min(size, tp_rank * chunk), min(size, (tp_rank + 1) * chunk)
+
+
+def parameter_shard_dim(module: nn.Module, name: str) -> int | None:
+    """The dimension that tensor parallelism shards of `module`'s own parameter `name`; None: replicated.
+
+    A layer declares it in `tp_shard_dims`; what it does not mention is replicated.
+    """
+    return getattr(module, "tp_shard_dims", {}).get(name)
+
+
+def distribute_parameters(model: nn.Module, tp_mesh: DeviceMesh) -> None:
+    """Replace every parameter of `model` (on the meta device, global shapes) by its DTensor, in place.
+
+    Tied parameters stay tied. Only shapes and placements are decided here; values come later.
+    """
+    size, rank = tp_mesh.size(), tp_mesh.get_local_rank()
+    done: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, param in list(module._parameters.items()):
+            if param is None:
+                continue
+            if param not in done:
+                dim = parameter_shard_dim(module, name)
+                local_shape = list(param.shape)
+                placement: Placement = Replicate()
+                if dim is not None:
+                    start, stop = tp_shard_range(param.shape[dim], size, rank)
+                    local_shape[dim] = stop - start
+                    placement = Shard(dim)
+                local = torch.empty(local_shape, dtype=param.dtype, device=param.device)
+                stored = DTensor.from_local(
+                    local, tp_mesh, [placement], run_check=False, shape=param.shape, stride=param.stride()
+                )
+                done[param] = nn.Parameter(stored, requires_grad=param.requires_grad)
+            module._parameters[name] = done[param]
+
+
+def local(param: torch.Tensor, dtype: torch.dtype, partial_grad: bool = False) -> torch.Tensor:
+    """This rank's part of `param` as a plain tensor in `dtype`, differentiable.
+
+    `partial_grad`: the weight is replicated over tp but each rank computes only its share of the gradient
+    (a norm under sequence parallelism, say), so the shares are to be summed. Forgetting it is silent.
+    """
+    if isinstance(param, DTensor):
+        param = param.to_local(grad_placements=[Partial()] * param.device_mesh.ndim if partial_grad else None)
+    return param.to(dtype)
