@@ -59,14 +59,14 @@ class EngineConfig:
     """Everything the engine needs. `validate` refuses what cannot run, before any memory is allocated."""
 
     model: ModelConfig
-    batch: BatchConfig = BatchConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    pipeline: PipelineConfig = PipelineConfig()
-    zero: ZeroConfig = ZeroConfig()
-    precision: PrecisionConfig = PrecisionConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    kernels: KernelConfig = KernelConfig()
-    recompute: RecomputeConfig = RecomputeConfig()
+    batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    pipeline: PipelineConfig = dataclasses.field(default_factory=PipelineConfig)
+    zero: ZeroConfig = dataclasses.field(default_factory=ZeroConfig)
+    precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    kernels: KernelConfig = dataclasses.field(default_factory=KernelConfig)
+    recompute: RecomputeConfig = dataclasses.field(default_factory=RecomputeConfig)
     seed: int = 1234
 
     def validate(self, world_size: int) -> "EngineConfig":

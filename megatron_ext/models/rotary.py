@@ -28,9 +28,7 @@ def inverse_frequencies(config: ModelConfig, device: torch.device) -> torch.Tens
     return frequencies
 
 
-def rotation(
-    config: ModelConfig, positions: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotation(config: ModelConfig, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the angles at `positions` [s] or [b, s] -> two of [1 or b, 1, s, head_dim] in `dtype`.
 
     Angles are taken in float32, as Hugging Face does, so that both agree to the last bit of the rotation.

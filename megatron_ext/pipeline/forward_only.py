@@ -42,8 +42,8 @@ def forward_only(
             if index + 1 == len(layout.stages) or layout.rank_of[index + 1] == me:
                 handed_over.append(y)
             else:
-                y = y.contiguous()
-                sends.append((y, dist.isend(y, peer[index + 1], group=group)))
-        for _, work in sends:
+                send = dist.P2POp(dist.isend, y.contiguous(), peer[index + 1], group)
+                sends += dist.batch_isend_irecv([send])
+        for work in sends:
             work.wait()
     return handed_over if len(layout.stages) - 1 in modules else []

@@ -44,8 +44,9 @@ class TiedEmbedding:
             return
         other = torch.empty_like(grad)
         peer = dist.get_global_rank(self._group, self._last if mine is self.source else self._first)
-        ops = [dist.P2POp(dist.isend, grad.contiguous(), peer, self._group), dist.P2POp(dist.irecv, other, peer, self._group)]
-        for work in dist.batch_isend_irecv(ops):
+        send = dist.P2POp(dist.isend, grad.contiguous(), peer, self._group)
+        receive = dist.P2POp(dist.irecv, other, peer, self._group)
+        for work in dist.batch_isend_irecv([send, receive]):
             work.wait()
         grad.add_(other)
 

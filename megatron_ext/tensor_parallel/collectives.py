@@ -1,6 +1,6 @@
 """The conjugate collectives of tensor parallelism: what is an all-reduce forward is an identity backward.
 
-    leave       Megatron's g : all-reduce      / identity     with sequence parallelism g-bar: reduce-scatter / all-gather
+    leave   Megatron's g: all-reduce / identity; with sequence parallelism g-bar: reduce-scatter / all-gather
 
 Its conjugate, Megatron's f (entering a parallel region), is part of `linear.column_parallel_linear`, where it
 overlaps with the weight gradient. Sequence-parallel activations are [batch, sequence / tp, hidden].
@@ -14,11 +14,16 @@ import torch.distributed as dist
 
 from megatron_ext.tensor_parallel.context import TensorParallel
 
+if hasattr(dist, "all_gather_single"):  # torch 2.13's names
+    all_gather, reduce_scatter = dist.all_gather_single, dist.reduce_scatter_single
+else:
+    all_gather, reduce_scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+
 
 def gather_sequence(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     """[b, s/tp, ...] on every rank -> [b, s, ...]."""
     parts = x.new_empty((tp.size * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=tp.group)
+    all_gather(parts, x.contiguous(), group=tp.group)
     return parts.unflatten(0, (tp.size, -1)).transpose(0, 1).flatten(1, 2)
 
 
@@ -28,7 +33,7 @@ def scatter_sequence_sum(
     """Sum [b, s, ...] over the ranks and keep this rank's [b, s/tp, ...]."""
     parts = x.unflatten(1, (tp.size, -1)).transpose(0, 1).flatten(0, 1).contiguous()
     out = torch.empty_like(parts[: x.shape[0]])
-    work = dist.reduce_scatter_tensor(out, parts, group=tp.group, async_op=async_op)
+    work = reduce_scatter(out, parts, group=tp.group, async_op=async_op)
     return out, work
 
 

@@ -17,7 +17,9 @@ class ZeroConfig:
     def validate(self, model: ModelConfig, tp: int, dp_shard: int) -> None:
         """Raise RequestError where this model cannot be sharded so."""
         if self.zero_engine != "torch":
-            raise RequestError(f"--zero-engine {self.zero_engine}: this engine is not built yet; use --zero-engine torch")
+            raise RequestError(
+                f"--zero-engine {self.zero_engine}: this engine is not built yet; use --zero-engine torch"
+            )
         if self.zero_stage == 0 or tp == 1 or dp_shard == 1:
             return
         if model.hidden_size % dp_shard:  # TP cuts one dimension, ZeRO the other: the hidden one

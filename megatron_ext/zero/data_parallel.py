@@ -13,6 +13,7 @@ because torch's split backward reads all of its parameters at once.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,7 +46,7 @@ class DataParallel:
         decoder, grid = self.decoder, self.grid
         hybrid = grid.size("dp_replicate") > 1
         stored = next(decoder.parameters()).dtype
-        options = {
+        options: dict[str, Any] = {
             "mesh": grid.mesh["dp_replicate", "dp_shard"] if hybrid else grid.mesh["dp_shard"],
             "reshard_after_forward": self.stage == 3,
             "shard_placement_fn": self._shard_dimension,
@@ -68,8 +69,7 @@ class DataParallel:
 
     def _shard_dimension(self, param: nn.Parameter) -> Shard:
         """ZeRO cuts the dimension that tensor parallelism does not, so that every shard is one plain block."""
-        assert isinstance(param, DTensor)
-        tp_cuts_rows = self.grid.size("tp") > 1 and param.placements[0].is_shard(0)
+        tp_cuts_rows = self.grid.size("tp") > 1 and _stored(param).placements[0].is_shard(0)
         return Shard(1) if tp_cuts_rows and param.ndim == 2 else Shard(0)
 
     def _fsdp_modules(self) -> Iterator[FSDPModule]:
@@ -118,11 +118,21 @@ class DataParallel:
         for p in partial:
             grad = _grad(p)
             p.grad = DTensor.from_local(
-                grad.to_local(), grad.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+                grad.to_local(),
+                grad.device_mesh,
+                _stored(p).placements,
+                run_check=False,
+                shape=p.shape,
+                stride=p.stride(),
             )
         for axis in ("dp_shard", "dp_replicate"):
             if self.grid.size(axis) > 1:
                 _all_reduce([_grad(p).to_local() for p in params], self.grid.mesh[axis].get_group())
+
+
+def _stored(param: nn.Parameter) -> DTensor:
+    assert isinstance(param, DTensor)
+    return param
 
 
 def _grad(param: nn.Parameter) -> DTensor:
