@@ -66,6 +66,7 @@ class DataParallel:
         fully_shard(decoder, **options)
         for module in self._fsdp_modules():
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
     def _shard_dimension(self, param: nn.Parameter) -> Shard:
         """ZeRO cuts the dimension that tensor parallelism does not, so that every shard is one plain block."""

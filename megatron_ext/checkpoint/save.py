@@ -1,0 +1,99 @@
+"""Writing checkpoints: sharded, atomic, and in the background on request."""
+
+import os
+import shutil
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from megatron_ext.checkpoint.directory import Manifest, partial_path, publish, remove_partials, write_text
+from megatron_ext.checkpoint.state import model_state, optimizer_state, random_key, random_state
+from megatron_ext.engine import Engine
+from megatron_ext.errors import RequestError
+
+
+class CheckpointWriter:
+    """Writes an engine's checkpoints into one folder. All ranks construct and call it together.
+
+    A checkpoint is either complete and named by `latest`, or does not exist. With `background` the state is copied
+    and written by a thread while training goes on; `poll` publishes it when every rank has finished.
+    """
+
+    def __init__(self, root: str | Path, engine: Engine, background: bool = False):
+        self.root, self.engine, self.background = Path(root), engine, background
+        self._is_first = dist.get_rank() == 0
+        # its own gloo group: planning talks between hosts, and must not mix with a training step's collectives
+        self._group = dist.new_group(backend="gloo")
+        self._pending: tuple[Any, Manifest] | None = None
+        if self._is_first:
+            self.root.mkdir(parents=True, exist_ok=True)
+            remove_partials(self.root)
+        dist.barrier(group=self._group)
+
+    def save(self, manifest: Manifest, texts: dict[str, str]) -> None:
+        """Write one checkpoint. texts: further small files by name, such as run.yaml.
+
+        Raises RequestError on every rank if any rank could not write; nothing then remains.
+        """
+        self.wait()
+        partial = partial_path(self.root, manifest.iteration)
+        if self._is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name, text in texts.items():
+                write_text(partial / name, text)
+        dist.barrier(group=self._group)
+        state = model_state(self.engine, for_saving=True) | optimizer_state(self.engine, for_saving=True)
+        state[random_key()] = random_state(self.engine)
+        writer = dcp.FileSystemWriter(partial)
+        if self.background:
+            future = dcp.async_save(state, storage_writer=writer, process_group=self._group)
+            self._pending = (future, manifest)
+            return
+        future = Future()
+        try:
+            future.set_result(dcp.save(state, storage_writer=writer, process_group=self._group))
+        except Exception as error:
+            future.set_exception(error)
+        self._pending = (future, manifest)
+        self.wait()
+
+    def poll(self) -> None:
+        """Publish a background checkpoint that has been written. Cheap: call it at every step, on every rank.
+
+        Only the first rank needs to: it coordinates, so its part ends after everyone's.
+        """
+        if self._is_first and self._pending is not None and self._pending[0].done():
+            self._finish()
+
+    def wait(self) -> None:
+        """Return when no checkpoint is being written any more."""
+        if self._pending is not None:
+            self._finish()
+        dist.barrier(group=self._group)
+
+    def _finish(self) -> None:
+        assert self._pending is not None
+        future, manifest = self._pending
+        self._pending = None
+        try:
+            future.result()
+        except Exception as error:
+            if self._is_first:
+                shutil.rmtree(partial_path(self.root, manifest.iteration), ignore_errors=True)
+            reason = str(error).strip().splitlines()[-1]
+            raise RequestError(f"--save {self.root}: the checkpoint could not be written ({reason})") from error
+        if self._is_first:
+            publish(self.root, manifest)
+
+
+def check_writable(root: str | Path) -> None:
+    """Raise RequestError where a checkpoint folder could not be made or written; leaves nothing behind."""
+    path = Path(root)
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir() or not os.access(path, os.W_OK):
+        raise RequestError(f"--save {root}: {path} is not a writable directory")
