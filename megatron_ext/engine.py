@@ -17,7 +17,7 @@ from megatron_ext.mesh import ParallelConfig, ProcessGrid
 from megatron_ext.models import Decoder, ModelConfig, initialize_weights
 from megatron_ext.optim import LossScaler, Optimizer, OptimizerConfig, PrecisionConfig
 from megatron_ext.option import option
-from megatron_ext.pipeline import Pipeline, PipelineConfig, TiedEmbedding, plan_stages
+from megatron_ext.pipeline import SCHEDULES, Pipeline, PipelineConfig, TiedEmbedding, plan_stages
 from megatron_ext.tensor_parallel import TensorParallel, distribute_parameters
 from megatron_ext.zero import DataParallel, ZeroConfig
 
@@ -79,8 +79,20 @@ class EngineConfig:
         self.zero.validate(self.model, tp, self.parallel.zero_shard_size or dp)
         self.precision.validate()
         load_kernels(self.kernels)
-        plan_stages(self.pipeline, self.model, self.parallel.pipeline_model_parallel_size, batch.microbatches(dp))
+        pp = self.parallel.pipeline_model_parallel_size
+        layout = plan_stages(self.pipeline, self.model, pp, batch.microbatches(dp))
+        if tp > 1 and layout.schedule in SCHEDULES and SCHEDULES[layout.schedule].splits_backward:
+            _require_split_backward(layout.schedule)
         return dataclasses.replace(self, batch=batch)
+
+
+def _require_split_backward(schedule: str) -> None:
+    """torch 2.11 cannot split a backward pass at a Python autograd function, which tensor parallelism is made of."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13):
+        raise RequestError(
+            f"--pipeline-schedule {schedule} with tensor parallelism needs torch 2.13, this is {torch.__version__}: "
+            "use --pipeline-schedule 1f1b or interleaved"
+        )
 
 
 class Engine:

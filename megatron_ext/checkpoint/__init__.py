@@ -1,10 +1,10 @@
 """Native checkpoints: torch DCP keyed by global names, so that any layout loads what any other wrote.
 
-    DIR/latest                    name of the newest complete checkpoint, replaced by rename
-    DIR/iter_0000100/             complete: it appears under this name by one rename, after fsync
-        manifest.json             what it is, and the size of every file
-        run.yaml                  the resolved configuration of the run that wrote it
-        .metadata, *.distcp       weights, Adam moments, step count, loss scale, random states
+DIR/latest                    name of the newest complete checkpoint, replaced by rename
+DIR/iter_0000100/             complete: it appears under this name by one rename, after fsync
+    manifest.json             what it is, and the size of every file
+    run.yaml                  the resolved configuration of the run that wrote it
+    .metadata, *.distcp       weights, Adam moments, step count, loss scale, random states
 """
 
 from megatron_ext.checkpoint.directory import Manifest, find_checkpoint, read_manifest

@@ -1,11 +1,11 @@
 """The tensors of an engine under their checkpoint keys; loading writes into them in place.
 
-    model.NAME                      the weight
-    optimizer.exp_avg.NAME          Adam's moments, placed as the weight is
-    optimizer.exp_avg_sq.NAME
-    optimizer.steps                 optimizer steps taken
-    loss_scaler                     scale, good steps, tolerance
-    random.RANK                     generator states of one rank; meaningful at the layout that wrote them
+model.NAME                      the weight
+optimizer.exp_avg.NAME          Adam's moments, placed as the weight is
+optimizer.exp_avg_sq.NAME
+optimizer.steps                 optimizer steps taken
+loss_scaler                     scale, good steps, tolerance
+random.RANK                     generator states of one rank; meaningful at the layout that wrote them
 """
 
 import torch

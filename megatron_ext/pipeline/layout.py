@@ -10,19 +10,21 @@ from megatron_ext.option import option
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """What a schedule asks of the layout: stages per rank (None: the user chooses), and how they are placed."""
+    """What a schedule asks of the layout: stages per rank (None: the user chooses), how they are placed, and
+    whether it cuts backward passes into an input and a weight half."""
 
     stages_per_rank: int | None
     v_shaped: bool = False
+    splits_backward: bool = False
 
 
 SCHEDULES = {
     "gpipe": _Kind(1),
     "1f1b": _Kind(1),
     "interleaved": _Kind(None),
-    "zero-bubble": _Kind(None),
-    "zbv": _Kind(2, v_shaped=True),
-    "dualpipev": _Kind(2, v_shaped=True),
+    "zero-bubble": _Kind(None, splits_backward=True),
+    "zbv": _Kind(2, v_shaped=True, splits_backward=True),
+    "dualpipev": _Kind(2, v_shaped=True, splits_backward=True),
 }
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -55,6 +56,10 @@ class _Stage(PipelineStage):
         result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         self.data_parallel.after_backward(backward_type, last_backward)
         return result
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """torch 2.11 greets its neighbours before the first batch; gloo cannot send to itself (V-shaped schedules)."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Nothing left to do: gradients were reduced as the ZeRO stage says, and the loss carries the scale."""

@@ -43,12 +43,14 @@ class _ColumnParallelLinear(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         want_x = _wanted(ctx, 0)
         want_w = [_wanted(ctx, 1 + i) for i in range(len(weights))]
+        rows = [grad.flatten(0, 1) for grad in grads]
 
         dx, work = None, None
         if want_x:
-            dx = grads[0] @ weights[0]
-            for grad, weight in zip(grads[1:], weights[1:], strict=True):
-                dx = dx + grad @ weight
+            product = rows[0] @ weights[0]
+            for row, weight in zip(rows[1:], weights[1:], strict=True):
+                product.addmm_(row, weight)
+            dx = product.view(*grads[0].shape[:-1], -1)
             if tp.sequence_parallel:
                 dx, work = scatter_sequence_sum(dx, tp, async_op=True)
             else:
@@ -56,7 +58,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
         dw: list[torch.Tensor | None] = [None] * len(weights)
         if any(want_w):
             full = (gather_sequence(x, tp) if tp.sequence_parallel else x).flatten(0, 1)
-            dw = [g.flatten(0, 1).T @ full if want else None for g, want in zip(grads, want_w, strict=True)]
+            dw = [row.T @ full if want else None for row, want in zip(rows, want_w, strict=True)]
         if work is not None:
             work.wait()
         return (dx, None, *dw)
