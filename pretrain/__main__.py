@@ -1,0 +1,50 @@
+"""`python -m pretrain`: parse, refuse or run.
+
+Exit codes: 0 done (also after --exit-interval or a signal, with what there was to save saved); 2 the request is
+wrong, in one line; anything else is a failure with its traceback.
+"""
+
+import os
+import sys
+import time
+import warnings
+
+from megatron_ext.errors import RequestError
+
+
+def main(arguments: list[str]) -> int:
+    # torch's notes about its own coming changes are not the user's business
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    try:
+        from pretrain.flags import parse
+        from pretrain.validate import validate
+
+        config = parse(arguments)
+        validate(config)
+
+        import torch.distributed as dist
+
+        from megatron_ext.mesh import init_distributed
+        from pretrain.train import run
+
+        device = init_distributed(config.parallel.distributed_timeout_minutes)
+        try:
+            run(config, device)
+        finally:
+            dist.destroy_process_group()
+    except RequestError as error:
+        return _refuse(str(error))
+    return 0
+
+
+def _refuse(message: str) -> int:
+    """Say it once per node. The other ranks wait for torchrun to end them, lest it ends the speaker first."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(30)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

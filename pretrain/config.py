@@ -1,0 +1,95 @@
+"""One run, described: the engine's configuration, the data's, and what is only the run's own."""
+
+import dataclasses
+from pathlib import Path
+
+from megatron_ext.engine import BatchConfig, EngineConfig, RecomputeConfig
+from megatron_ext.errors import RequestError
+from megatron_ext.kernels import KernelConfig
+from megatron_ext.mesh import ParallelConfig
+from megatron_ext.models import ModelConfig
+from megatron_ext.optim import OptimizerConfig, PrecisionConfig
+from megatron_ext.option import option
+from megatron_ext.pipeline import PipelineConfig
+from megatron_ext.zero import ZeroConfig
+from pretrain.data import DataConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    train_iters: int | None = option(None, "optimizer steps of the whole run (required)")
+    exit_interval: int | None = option(None, "stop after an iteration divisible by this, saving if --save is given")
+    eval_interval: int | None = option(None, "iterations between evaluations on the validation split (default: none)")
+    eval_iters: int = option(10, "batches of one evaluation")
+    seed: int = option(1234, "of the initial weights and of the order of the samples")
+
+    def validate(self) -> None:
+        if self.train_iters is None:
+            raise RequestError("--train-iters is required: the number of optimizer steps of the whole run")
+        for name in ("train_iters", "exit_interval", "eval_interval", "eval_iters"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    save: str | None = option(None, "folder of checkpoints to write", metavar="DIR")
+    load: str | None = option(None, "folder of checkpoints, or one checkpoint, to continue from", metavar="DIR")
+    save_interval: int | None = option(None, "iterations between checkpoints (default: only at the end)")
+    async_save: bool = option(False, "write checkpoints in the background")
+    finetune: bool = option(False, "take only the weights from --load, and start at iteration 0")
+
+    def validate(self) -> None:
+        if self.save is None:
+            for name in ("save_interval", "async_save"):
+                if getattr(self, name):
+                    raise RequestError(f"--{name.replace('_', '-')} needs --save")
+        if self.save_interval is not None and self.save_interval < 1:
+            raise RequestError(f"--save-interval {self.save_interval}: must be at least 1")
+        if self.finetune and self.load is None:
+            raise RequestError("--finetune needs --load")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    log_interval: int = option(1, "iterations between lines on the console")
+    metrics: str | None = option(None, "file that gets one JSON object per iteration", metavar="FILE.jsonl")
+    tensorboard_dir: str | None = option(None, "folder of TensorBoard event files", metavar="DIR")
+    wandb_project: str | None = option(None, "Weights & Biases project (WANDB_MODE=offline keeps it local)")
+    wandb_exp_name: str | None = option(None, "name of the run in Weights & Biases")
+    wandb_save_dir: str | None = option(None, "folder of Weights & Biases files", metavar="DIR")
+    peak_tflops: float | None = option(
+        None, "dense peak of one device, for MFU (default: known from the GPU's name, in bf16)"
+    )
+
+    def validate(self) -> None:
+        if self.log_interval < 1:
+            raise RequestError(f"--log-interval {self.log_interval}: must be at least 1")
+        if self.wandb_project is None and (self.wandb_exp_name or self.wandb_save_dir):
+            raise RequestError("--wandb-exp-name and --wandb-save-dir need --wandb-project")
+        if self.metrics is not None and not Path(self.metrics).resolve().parent.is_dir():
+            raise RequestError(f"--metrics {self.metrics}: its folder does not exist")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything a run was asked for, resolved: presets and files applied, nothing left to guess."""
+
+    model: ModelConfig
+    batch: BatchConfig
+    parallel: ParallelConfig
+    pipeline: PipelineConfig
+    zero: ZeroConfig
+    precision: PrecisionConfig
+    optimizer: OptimizerConfig
+    kernels: KernelConfig
+    recompute: RecomputeConfig
+    data: DataConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+
+    def engine(self) -> EngineConfig:
+        shared = {field.name for field in dataclasses.fields(EngineConfig)} - {"seed"}
+        return EngineConfig(**{name: getattr(self, name) for name in shared}, seed=self.training.seed)

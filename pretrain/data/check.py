@@ -1,0 +1,113 @@
+"""Is the data what training needs? Asked before anything is started, answered in seconds."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ext.errors import RequestError
+from pretrain.data.config import DataConfig
+from pretrain.data.corpora import Corpus, read_corpora, require_training_samples
+from pretrain.data.tokenizer_file import TokenizerFile, eod_token, read_tokenizer
+
+SCAN_BYTES = 16 << 20
+SIDECAR_BYTES = 64 << 10
+SIDECAR_KEYS = {
+    "documents", "tokens", "max_token_id", "append_eod", "eod_token_id", "tokenizer", "tokenizer_sha256",
+}  # fmt: skip
+
+
+def check_data(config: DataConfig, seq_length: int, vocab_size: int, *, splits: Sequence[str] = ("train",)) -> None:
+    """Refuse what cannot be trained on, without starting megatron-core or a process group.
+
+    Reads headers, document lengths, the sidecar that tools.preprocess_data leaves beside a corpus, and where
+    there is none the first 16 MiB of tokens. (Later tokens are checked batch by batch while training.)
+
+    Args:
+        config: the data flags.
+        seq_length: tokens in a sample.
+        vocab_size: of the model; ids 0 .. vocab_size - 1 are allowed.
+        splits: those that will be read; each must hold a sample.
+
+    Raises:
+        RequestError: in one line, what is wrong and what would do.
+    """
+    if config.num_workers < 0:
+        raise RequestError(f"--num-workers {config.num_workers}: give 0 or more")
+    corpora = read_corpora(config)
+    tokenizer = read_tokenizer(config.tokenizer_model) if config.tokenizer_model else None
+    if tokenizer and tokenizer.vocab_size > vocab_size:
+        raise RequestError(
+            f"--tokenizer-model {config.tokenizer_model}: tokenizer larger than the vocabulary: it has "
+            f"{tokenizer.vocab_size} pieces, --vocab-size is {vocab_size}; set --vocab-size {tokenizer.vocab_size}"
+        )
+    eod = eod_token(config) if config.eod_flags else None
+    if eod is not None and not 0 <= eod < vocab_size:
+        raise RequestError(f"--eod-token-id {eod} is outside the vocabulary of {vocab_size}")
+    require_training_samples(corpora, config.split, seq_length)
+    for corpus in corpora:
+        _check_tokens(corpus, config, tokenizer, vocab_size, eod)
+    for split in splits:
+        if not any(corpus.samples(split, seq_length) for corpus in corpora):
+            raise RequestError(
+                f"--split {config.split} leaves no sample of {seq_length} tokens for the {split} split; "
+                "give it a larger share, add data, or shorten --seq-length"
+            )
+
+
+def _check_tokens(
+    corpus: Corpus, config: DataConfig, tokenizer: TokenizerFile | None, vocab_size: int, eod: int | None
+) -> None:
+    sidecar = read_sidecar(corpus)
+    if sidecar is None:
+        count = min(corpus.index.tokens, SCAN_BYTES // corpus.index.dtype.itemsize)
+        tokens = np.fromfile(corpus.prefix + ".bin", dtype=corpus.index.dtype.newbyteorder("<"), count=count)
+        low, high = int(tokens.min()), int(tokens.max())
+        has_eod = eod is None or bool((tokens == eod).any())
+    else:
+        low, high = 0, sidecar["max_token_id"]
+        has_eod = eod is None or (sidecar["append_eod"] and sidecar["eod_token_id"] == eod)
+    if low < 0 or high >= vocab_size:
+        raise RequestError(
+            f"--data-path {corpus.prefix}: token id {high if low >= 0 else low} is outside the vocabulary of "
+            f"{vocab_size}; the corpus was made with another tokenizer, or --vocab-size is too small"
+        )
+    if sidecar and tokenizer and sidecar["tokenizer_sha256"] != tokenizer.sha256:
+        raise RequestError(
+            f"--tokenizer-model {config.tokenizer_model} is not what made {corpus.prefix} "
+            f"({sidecar['tokenizer']}, sha256 {sidecar['tokenizer_sha256'][:12]}...); "
+            "give that one, or preprocess again"
+        )
+    if not has_eod:
+        raise RequestError(
+            f"{', '.join(config.eod_flags)}: no document of --data-path {corpus.prefix} ends with token {eod}; "
+            "preprocess it with --append-eod, or give the right --eod-token-id"
+        )
+
+
+def read_sidecar(corpus: Corpus) -> dict[str, Any] | None:
+    """What tools.preprocess_data noted of a corpus in PREFIX.json; None where there is no such note.
+
+    Another tool's PREFIX.json, perhaps the raw text itself, is not taken for one.
+
+    Raises:
+        RequestError: the note speaks of other data than the index.
+    """
+    path = Path(corpus.prefix + ".json")
+    if not path.is_file() or path.stat().st_size > SIDECAR_BYTES:
+        return None
+    try:
+        sidecar = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(sidecar, dict) or not sidecar.keys() >= SIDECAR_KEYS:
+        return None
+    documents, tokens = len(corpus.index.lengths), corpus.index.tokens
+    if (sidecar["documents"], sidecar["tokens"]) != (documents, tokens):
+        raise RequestError(
+            f"--data-path {corpus.prefix}: {path} describes {sidecar['documents']} documents of {sidecar['tokens']} "
+            f"tokens, the index {documents} of {tokens}; preprocess again, or move {path} away"
+        )
+    return sidecar

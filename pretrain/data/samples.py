@@ -1,0 +1,107 @@
+"""The samples of one split of one corpus, through megatron-core.
+
+Importing this module imports megatron-core, which takes seconds: callers import it where they need it.
+"""
+
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from pretrain.data.cache import cached_arrays, digest
+from pretrain.data.corpora import Corpus
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it warns of each optional GPU library, none of which reading data needs
+    from megatron.core.datasets import helpers
+    from megatron.core.datasets.gpt_dataset import (
+        GPTDataset,
+        GPTDatasetConfig,
+        _build_document_index,
+        _build_shuffle_index,
+    )
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+
+class Samples(GPTDataset):
+    """One pass over the documents of one split: exactly the samples of a GPTDataset of one epoch, in its order.
+
+    Two things differ from GPTDataset. The indices are built by whichever process comes first, under a file lock,
+    where GPTDataset relies on global rank 0 (so every node may have its own disk); and they are named by the
+    document lengths, not by the path, so a corpus that was preprocessed anew never meets an old index.
+
+    Args:
+        corpus: to read.
+        split: train, valid or test.
+        seq_length: tokens in a sample; each brings one more, the label of its last token.
+        seed: of the shuffle, 0 <= seed < 2**32.
+        cache: directory of the indices.
+    """
+
+    def __init__(self, corpus: Corpus, split: str, seq_length: int, seed: int, cache: Path) -> None:
+        self._cache = cache
+        self._lengths_checksum = corpus.checksum
+        documents = corpus.documents(split)
+        # megatron-core wants a tokenizer for its masks and padding; one pass has no padding, masks are made later.
+        tokenizer: Any = SimpleNamespace(vocab_size=None, eod=-1, unique_identifiers={})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = GPTDatasetConfig(
+                random_seed=seed,
+                sequence_length=seq_length,
+                blend=([corpus.prefix], None),
+                split="1",
+                path_to_cache=str(cache),
+                tokenizer=tokenizer,
+                reset_position_ids=False,
+                reset_attention_mask=False,
+                eod_mask_loss=False,
+                create_attention_mask=False,
+            )
+            super().__init__(
+                IndexedDataset(corpus.prefix),
+                corpus.prefix,
+                np.arange(documents.start, documents.stop, dtype=np.int32),
+                None,
+                Split[split],
+                config,
+            )
+
+    def __getitem__(self, sample: int | None) -> np.ndarray:  # type: ignore[override]
+        """Tokens of one sample, int64 [seq_length + 1]."""
+        return self._query_document_sample_shuffle_indices(sample or 0)[0]
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        seed, seq_length = self.config.random_seed, self.config.sequence_length
+        documents = (int(self.indices[0]), len(self.indices))
+        key = f"samples-{digest(self._lengths_checksum, len(self.dataset), documents, seq_length, seed)}"
+        arrays = cached_arrays(self._cache, key, self._build_indices)
+        return arrays["documents"], arrays["samples"], arrays["shuffle"]
+
+    def _build_indices(self) -> dict[str, np.ndarray]:
+        random = np.random.RandomState(self.config.random_seed)
+        documents = _build_document_index(self.indices, 1, random, False)
+        lengths = np.array(self.dataset.sequence_lengths)
+        tokens = self._get_num_tokens_per_epoch()
+        samples = helpers.build_sample_idx(lengths, documents, self.config.sequence_length, 1, tokens)
+        count = len(samples) - 1
+        return {"documents": documents, "samples": samples, "shuffle": _build_shuffle_index(count, count, random)}
+
+
+def blending_indices(weights: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    """Megatron's greedy blend: at each place the corpus that lags its weight most.
+
+    Args:
+        weights: float64 [corpora], sum 1.
+        length: places to fill.
+
+    Returns:
+        `corpus` int16 [length], and `sample` int64 [length]: how many samples of that corpus came before.
+    """
+    corpus = np.zeros(length, dtype=np.int16)
+    sample = np.zeros(length, dtype=np.int64)
+    helpers.build_blending_indices(corpus, sample, weights, len(weights), length, False)
+    return {"corpus": corpus, "sample": sample}

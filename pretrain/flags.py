@@ -1,0 +1,236 @@
+"""From a command line and a YAML file to a `RunConfig`, and back.
+
+Every field of the configuration dataclasses is a flag of the same name. What is asked for later wins: the
+preset named by --model, then --config's file, then the command line.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from megatron_ext.errors import RequestError
+from megatron_ext.models import ModelConfig, preset, preset_names
+from pretrain.config import RunConfig
+from pretrain.data.tokenizer_file import read_tokenizer
+from pretrain.megatron_flags import ADVICE
+
+
+def _groups() -> dict[str, type]:
+    return typing.get_type_hints(RunConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag: the field it sets, and how its text is read."""
+
+    group: str
+    name: str
+    kind: type
+    repeated: bool  # several words (PREFIX ...)
+    listed: bool  # one word with commas (22,21,21)
+    choices: Sequence[Any] | None
+    default: Any
+    help: str
+    metavar: str | None
+
+    @property
+    def spelled(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def read(self, value: Any) -> Any:
+        """A value from YAML or the command line, as the field's type; RequestError where it is none."""
+        if value is None:
+            return None
+        if self.listed or self.repeated:
+            items = value.split(",") if isinstance(value, str) and self.listed else value
+            items = items if isinstance(items, (list, tuple)) else [items]
+            return tuple(self._read_one(item) for item in items)
+        return self._read_one(value)
+
+    def _read_one(self, value: Any) -> Any:
+        if self.kind is bool:
+            if not isinstance(value, bool):
+                raise RequestError(f"{self.spelled} {value}: must be true or false")
+            return value
+        try:
+            if isinstance(value, bool) or (self.kind is int and isinstance(value, float) and value != int(value)):
+                raise ValueError
+            result = self.kind(value)
+        except (TypeError, ValueError, OverflowError):
+            expected = {int: "a whole number", float: "a number"}.get(self.kind, "a text")
+            raise RequestError(f"{self.spelled} {value}: must be {expected}") from None
+        if self.choices is not None and result not in self.choices:
+            raise RequestError(f"{self.spelled} {value}: must be one of {', '.join(map(str, self.choices))}")
+        return result
+
+
+def all_flags() -> dict[str, Flag]:
+    """Every flag by field name."""
+    flags: dict[str, Flag] = {}
+    for group, config in _groups().items():
+        hints = typing.get_type_hints(config)
+        for field in dataclasses.fields(config):
+            kind, repeated, listed = _shape_of(hints[field.name])
+            default = None if field.default is dataclasses.MISSING else field.default
+            flags[field.name] = Flag(
+                group,
+                field.name,
+                kind,
+                repeated,
+                listed,
+                field.metadata["choices"],
+                default,
+                field.metadata["help"],
+                field.metadata["metavar"],
+            )
+    return flags
+
+
+def _shape_of(hint: Any) -> tuple[type, bool, bool]:
+    """The scalar type of an annotation, and whether it takes several words or a comma-separated list."""
+    if isinstance(hint, types.UnionType):
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        return kind, kind is str, kind is not str
+    return hint, False, False
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m pretrain",
+        description="Pretrain a LLaMA-style model with tensor, pipeline and ZeRO data parallelism.",
+        epilog="Start it under torchrun for several ranks. Exit codes: 0 done, 2 the request is wrong.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings by flag name; the command line overrides them")
+    parser.add_argument("--model", metavar="NAME", help=f"a published shape: {', '.join(preset_names())}")
+    sections = {group: parser.add_argument_group(group) for group in _groups()}
+    for flag in all_flags().values():
+        options: dict[str, Any] = {"dest": flag.name, "help": _help_line(flag)}
+        if flag.kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["metavar"] = flag.metavar or _metavar(flag)
+            if flag.repeated:
+                options["nargs"] = "+"
+        sections[flag.group].add_argument(flag.spelled, **options)
+    return parser
+
+
+def _metavar(flag: Flag) -> str:
+    if flag.choices is not None:
+        return "{" + ",".join(map(str, flag.choices)) + "}"
+    if flag.listed:
+        return "N,N,..."
+    return {int: "N", float: "X"}.get(flag.kind, "TEXT")
+
+
+def _help_line(flag: Flag) -> str:
+    shown = flag.default not in (None, False, ())
+    return (flag.help + (f" (default: {flag.default})" if shown else "")).replace("%", "%%")
+
+
+def parse(arguments: Sequence[str]) -> RunConfig:
+    """The run that a command line asks for. Raises RequestError: one line that says what is wrong."""
+    _refuse_unknown(arguments)
+    given = vars(build_parser().parse_args(arguments))
+    file = given.pop("config", None)
+    settings = read_yaml(file) if file is not None else {}
+    settings.update(given)
+    return resolve(settings)
+
+
+def _refuse_unknown(arguments: Sequence[str]) -> None:
+    known = set(build_parser()._option_string_actions)
+    for word in arguments:
+        spelled = word.split("=", 1)[0]
+        if not spelled.startswith("--") or spelled in known:
+            continue
+        name = spelled[2:]
+        if name in ADVICE:
+            raise RequestError(f"{spelled}: {ADVICE[name]}")
+        close = difflib.get_close_matches(spelled, known, n=1, cutoff=0.75)
+        raise RequestError(
+            f"{spelled}: unknown flag" + (f"; did you mean {close[0]}?" if close else "; see python -m pretrain --help")
+        )
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """Settings from a YAML mapping of flag names (dashes or underscores)."""
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--config {file}: cannot be read ({error.__class__.__name__}: {error})") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise RequestError(f"--config {file}: not valid YAML ({reason})") from error
+    if not isinstance(content, dict):
+        raise RequestError(f"--config {file}: must be a mapping of flag names to values")
+    settings = {str(key).replace("-", "_"): value for key, value in content.items()}
+    known = {*all_flags(), "model"}
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise RequestError(
+                f"--config {file}: unknown setting {name}" + (f"; did you mean {close[0]}?" if close else "")
+            )
+    return settings
+
+
+def resolve(settings: dict[str, Any]) -> RunConfig:
+    """Settings by field name (and `model`), with presets and defaults filled in."""
+    settings = dict(settings)
+    name = settings.pop("model", None)
+    base = None if name is None else preset(str(name))
+    flags = all_flags()
+    read = {key: flags[key].read(value) for key, value in settings.items()}
+    read = {key: value for key, value in read.items() if value is not None or flags[key].default is None}
+    groups: dict[str, Any] = {}
+    for group, config in _groups().items():
+        values = {key: value for key, value in read.items() if flags[key].group == group}
+        if config is ModelConfig:
+            groups[group] = _model(base, values, read.get("tokenizer_model"))
+        else:
+            groups[group] = config(**values)
+    return RunConfig(**groups)
+
+
+def _model(base: ModelConfig | None, values: dict[str, Any], tokenizer: str | None) -> ModelConfig:
+    if values.get("vocab_size") is None and tokenizer is not None:
+        values = values | {
+            "vocab_size": read_tokenizer(tokenizer).vocab_size
+        }  # the tokenizer at hand decides, never padded
+    values = {key: value for key, value in values.items() if value is not None or base is None}
+    if base is not None:
+        return dataclasses.replace(base, **values)
+    needed = [field.name for field in dataclasses.fields(ModelConfig) if field.default is dataclasses.MISSING]
+    missing = ["--" + name.replace("_", "-") for name in needed if values.get(name) is None]
+    if missing:
+        raise RequestError(
+            f"{', '.join(missing)} missing: give them, or --model with one of {', '.join(preset_names())}"
+        )
+    return ModelConfig(**values)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as a file that `--config` reads back to an equal run."""
+    parts = []
+    for group in _groups():
+        values = dataclasses.asdict(getattr(config, group))
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        parts.append(f"# {group}\n" + yaml.safe_dump(plain, sort_keys=False))
+    return "\n".join(parts)

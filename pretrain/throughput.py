@@ -1,0 +1,75 @@
+"""How fast a step was: tokens and model FLOPs per second, and the share of the device's peak (MFU)."""
+
+import resource
+import time
+
+import torch
+
+from megatron_ext.mesh import ProcessGrid
+from megatron_ext.models import ModelConfig
+from megatron_ext.models.count import flops_per_token
+
+# dense bf16 peak in TFLOP/s by a part of the device's name; sources: the vendors' datasheets
+_PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "H20": 148.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "V100": 125.0,
+    "4090": 165.2,
+    "3090": 71.0,
+}
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a known GPU, None for anything else."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
+
+
+class Throughput:
+    """Measures steps between calls of `lap`."""
+
+    def __init__(
+        self, model: ModelConfig, seq_length: int, tokens_per_step: int, grid: ProcessGrid, peak: float | None
+    ):
+        self._flops = {
+            name: flops_per_token(model, seq_length, causal) for name, causal in (("full", False), ("causal", True))
+        }
+        self._tokens, self._grid = tokens_per_step, grid
+        self._peak = peak if peak is not None else peak_tflops(grid.device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out what happened since the last step: an evaluation, a checkpoint."""
+        self._since = time.perf_counter()
+
+    def lap(self) -> dict[str, float | None]:
+        """Figures of the step that ended now. MFU counts all attention scores (full) or half of them (causal)."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        rate = self._tokens / seconds
+        per_device = rate / self._grid.world_size / 1e12
+        mfu = {name: per_device * flops / self._peak if self._peak else None for name, flops in self._flops.items()}
+        return {
+            "elapsed_ms": seconds * 1e3,
+            "tokens_per_second": rate,
+            "tflops_per_device": per_device * self._flops["full"],
+            "mfu_full": mfu["full"],
+            "mfu_causal": mfu["causal"],
+            "memory_gib": peak_memory_gib(self._grid.device),
+        }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory in use so far: allocated on the GPU, or this process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

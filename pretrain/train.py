@@ -1,0 +1,213 @@
+"""One run, top to bottom: build, load, train, evaluate, save."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext.checkpoint import CheckpointWriter, Manifest, find_checkpoint, load_checkpoint
+from megatron_ext.checkpoint.directory import write_text
+from megatron_ext.checkpoint.load import layout_of
+from megatron_ext.engine import Engine
+from megatron_ext.mesh import ProcessGrid, build_grid
+from megatron_ext.models.count import parameters
+from megatron_ext.optim import learning_rate
+from pretrain.config import RunConfig
+from pretrain.data import build_data
+from pretrain.flags import to_yaml
+from pretrain.logs import Console, Log, open_logs, trim_metrics
+from pretrain.results import ResultQueue, StepResult
+from pretrain.stop import StopRequest
+from pretrain.throughput import Throughput
+
+Batch = dict[str, torch.Tensor]
+
+
+def run(config: RunConfig, device: torch.device) -> None:
+    """Train as `config` (validated) says. Every rank calls it, with torch.distributed initialised."""
+    grid = build_grid(config.parallel, device)
+    trainer = Trainer(config, grid)
+    with StopRequest() as stop:
+        trainer.train(stop)
+    trainer.close()
+
+
+class Trainer:
+    """The engine, the data and the logs of one run, and where the run stands."""
+
+    def __init__(self, config: RunConfig, grid: ProcessGrid):
+        self.config, self.grid = config, grid
+        self.is_writer = dist.get_rank() == 0
+        self.engine = Engine(config.engine(), grid)
+        batch = self.engine.config.batch
+        assert config.training.train_iters is not None
+        assert batch.global_batch_size is not None
+        self.train_iters, self.batch_size = config.training.train_iters, batch.global_batch_size
+        self.iteration, self.consumed_samples = self._load()
+        self.data = build_data(
+            config.data,
+            seq_length=batch.seq_length,
+            vocab_size=config.model.vocab_size,
+            seed=config.training.seed,
+            dp_rank=grid.dp_rank,
+            dp_size=grid.dp_size,
+            micro_batch_size=batch.micro_batch_size,
+            global_batch_size=self.batch_size,
+        )
+        self.resolved = to_yaml(dataclasses.replace(config, batch=batch))
+        save = config.checkpoint.save
+        self.writer = CheckpointWriter(save, self.engine, config.checkpoint.async_save) if save is not None else None
+        self.saved_at = self.iteration if save is not None and self.iteration and self._resumes_in(save) else None
+        self.throughput = Throughput(
+            config.model, batch.seq_length, self.batch_size * batch.seq_length, grid, config.logging.peak_tflops
+        )
+        self.results = ResultQueue()
+        self.console, self.logs = self._open_logs()
+        self._describe()
+
+    def _load(self) -> tuple[int, int]:
+        """Iteration and samples to continue from; the engine's weights and states are filled in."""
+        options = self.config.checkpoint
+        if options.load is None:
+            return 0, 0
+        manifest = load_checkpoint(self.engine, find_checkpoint(options.load), weights_only=options.finetune)
+        return (0, 0) if options.finetune else (manifest.iteration, manifest.consumed_samples)
+
+    def _resumes_in(self, save: str) -> bool:
+        load = self.config.checkpoint.load
+        return load is not None and find_checkpoint(load).resolve().parent == Path(save).resolve()
+
+    def _open_logs(self) -> tuple[Console | None, list[Log]]:
+        logging = self.config.logging
+        if self.is_writer:
+            trim_metrics(logging.metrics, self.iteration)
+            home = self.config.checkpoint.save or logging.tensorboard_dir
+            if home is None and logging.metrics is not None:
+                write_text(Path(logging.metrics).with_suffix(".run.yaml"), self.resolved)
+            elif home is not None:
+                Path(home).mkdir(parents=True, exist_ok=True)
+                write_text(Path(home) / "run.yaml", self.resolved)
+        return open_logs(self.config, _flat(self.config), self.iteration, self.is_writer)
+
+    def _describe(self) -> None:
+        if self.console is None:
+            return
+        model, layout = self.config.model, self.engine.layout
+        self.console.say(
+            f" {parameters(model):,} parameters, vocabulary {model.vocab_size} | {self.grid.describe} | "
+            f"ZeRO-{self.config.zero.zero_stage} | {self.engine.pipeline.n_microbatches} microbatches of "
+            f"{self.config.batch.micro_batch_size} x {self.config.batch.seq_length} tokens per rank | "
+            f"compute in {str(self.config.precision.compute).removeprefix('torch.')} on {self.grid.device.type}"
+        )
+        if len(layout.stages) > 1:
+            cut = " | ".join(
+                f"stage {i} (rank {rank}): layers {stage.first}-{stage.last - 1}"
+                for i, (stage, rank) in enumerate(zip(layout.stages, layout.rank_of, strict=True))
+            )
+            self.console.say(f" {layout.schedule}: {cut}")
+        if self.iteration:
+            self.console.say(f" continuing from iteration {self.iteration} of {self.config.checkpoint.load}")
+
+    def train(self, stop: StopRequest) -> None:
+        """Step until the last iteration, an exit interval, or a wish to stop."""
+        if self.iteration >= self.train_iters:
+            self._say(f" nothing to do: iteration {self.iteration} of {self.train_iters} is already reached")
+            return
+        batches = self.data.train_batches(self.consumed_samples)
+        self.throughput.restart()
+        while self.iteration < self.train_iters:
+            rate = learning_rate(self.config.optimizer, self.iteration, self.train_iters)
+            scale = self.engine.loss_scaler.scale
+            figures = self.engine.train_step(self._to_device(next(batches)), rate, stop=bool(stop))
+            self.iteration += 1
+            self.consumed_samples += self.batch_size
+            self.results.put(self.iteration, rate, figures, scale)
+            evaluate = self._due(self.config.training.eval_interval)
+            stopping = self._settle(keep=0 if evaluate else 1, evaluate=evaluate)
+            if self._due(self.config.checkpoint.save_interval):
+                stopping |= self._settle(keep=0)
+                self._save()
+            if self.writer is not None:
+                self.writer.poll()
+            if stopping or self._due(self.config.training.exit_interval):
+                self._settle(keep=0)
+                self._say(f" stopping at iteration {self.iteration}" + (" as asked by a signal" if stopping else ""))
+                break
+        self._settle(keep=0)
+        if self.writer is not None and self.saved_at != self.iteration:
+            self._save()
+
+    def _due(self, interval: int | None) -> bool:
+        return interval is not None and self.iteration % interval == 0
+
+    def _settle(self, keep: int, evaluate: bool = False) -> bool:
+        """Log the steps whose figures have arrived, the newest with its validation loss if asked for.
+
+        True once any rank wishes to stop: the same on every rank.
+        """
+        results = self.results.take(keep)
+        records = [self._record(result) for result in results]
+        if evaluate:
+            records[-1]["valid_loss"] = self._validation_loss()
+        for record in records:
+            for log in self.logs:
+                log.write(record)
+        return any(result.stop_wishes > 0 for result in results)
+
+    def _record(self, result: StepResult) -> dict[str, Any]:
+        behind = self.iteration - result.iteration
+        return {
+            "iteration": result.iteration,
+            "lm_loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "consumed_samples": self.consumed_samples - behind * self.batch_size,
+            "global_batch_size": self.batch_size,
+            "loss_scale": result.loss_scale,
+            "skipped": result.skipped,
+            **self.throughput.lap(),
+        }
+
+    def _validation_loss(self) -> float:
+        """Mean loss over the validation batches: the same ones every time."""
+        batches = self.data.valid_batches(self.config.training.eval_iters)
+        losses = torch.stack([self.engine.eval_step(self._to_device(batch)) for batch in batches])
+        loss = losses.mean().item()
+        self.throughput.restart()
+        return loss
+
+    def _save(self) -> None:
+        assert self.writer is not None
+        manifest = Manifest(
+            iteration=self.iteration,
+            consumed_samples=self.consumed_samples,
+            consumed_tokens=self.consumed_samples * self.config.batch.seq_length,
+            model=dataclasses.asdict(self.config.model),
+            layout=layout_of(self.grid),
+            has_optimizer=True,
+        )
+        self.writer.save(manifest, {"run.yaml": self.resolved})
+        self.saved_at = self.iteration
+        how = "writing" if self.config.checkpoint.async_save else "saved"
+        self._say(f" {how} checkpoint at iteration {self.iteration} to {self.config.checkpoint.save}")
+        self.throughput.restart()
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.grid.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _say(self, text: str) -> None:
+        if self.console is not None:
+            self.console.say(text)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.wait()
+        for log in self.logs:
+            log.close()
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    groups = dataclasses.asdict(config).values()
+    return {name: value for group in groups for name, value in group.items()}

@@ -1,0 +1,41 @@
+"""Everything that can be found wrong with a request before a process joins the others or allocates memory."""
+
+import os
+
+import torch
+
+from megatron_ext.checkpoint import check_compatible, find_checkpoint, read_manifest
+from megatron_ext.checkpoint.save import check_writable
+from megatron_ext.errors import RequestError
+from megatron_ext.mesh import world_size_from_environment
+from pretrain.config import RunConfig
+from pretrain.data import check_data
+
+
+def validate(config: RunConfig) -> None:
+    """Raise RequestError for the first thing that cannot be done as asked. Writes nothing, talks to nobody."""
+    config.training.validate()
+    config.checkpoint.validate()
+    config.logging.validate()
+    assert config.training.train_iters is not None
+    config.optimizer.validate(config.training.train_iters)
+    config.engine().validate(world_size_from_environment())
+    _check_device(config)
+    if not config.data.data_path:
+        raise RequestError("--data-path is required: PREFIX of a corpus written by python -m tools.preprocess_data")
+    check_data(config.data, config.batch.seq_length, config.model.vocab_size)
+    if config.checkpoint.load is not None:
+        checkpoint = find_checkpoint(config.checkpoint.load)
+        manifest = read_manifest(checkpoint)
+        check_compatible(manifest, config.model, checkpoint)
+    if config.checkpoint.save is not None:
+        check_writable(config.checkpoint.save)
+    if config.logging.metrics is not None and not os.access(os.path.dirname(config.logging.metrics) or ".", os.W_OK):
+        raise RequestError(f"--metrics {config.logging.metrics}: its folder is not writable")
+
+
+def _check_device(config: RunConfig) -> None:
+    if config.kernels.attention_backend in ("flash", "cudnn", "efficient") and not torch.cuda.is_available():
+        raise RequestError(
+            f"--attention-backend {config.kernels.attention_backend} needs a CUDA device: use auto or math here"
+        )
