@@ -1,6 +1,8 @@
 """Step results on their way from the device to the host, one step behind, so that no step waits for them."""
 
 import dataclasses
+import time
+from typing import Any
 
 import torch
 
@@ -14,13 +16,41 @@ class StepResult:
     stop_wishes: float
     skipped: bool
     loss_scale: float
+    seconds: float
+
+
+class _Clock:
+    """Marks in time: on the device's own stream for CUDA, the host's clock otherwise."""
+
+    def __init__(self, device: torch.device):
+        self._on_cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1e3 if self._on_cuda else end - start
+
+    def wait(self, mark: Any) -> None:
+        if self._on_cuda:
+            mark.synchronize()
 
 
 class ResultQueue:
     """Holds the newest step's figures back until the next step has been launched."""
 
-    def __init__(self) -> None:
-        self._waiting: list[tuple[int, float, torch.Tensor, torch.cuda.Event | None]] = []
+    def __init__(self, device: torch.device) -> None:
+        self._clock = _Clock(device)
+        self._waiting: list[tuple[int, float, torch.Tensor, Any, Any]] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave what happened since the last step (an evaluation, a checkpoint) out of the next one's time."""
+        self._since = self._clock.mark()
 
     def put(
         self, iteration: int, learning_rate: float, figures: torch.Tensor, loss_scale: torch.Tensor | float
@@ -28,20 +58,18 @@ class ResultQueue:
         """figures: what `Engine.train_step` returned."""
         scale = torch.as_tensor(loss_scale, dtype=figures.dtype, device=figures.device)
         values = torch.cat([figures, scale[None]])
-        event = None
         if values.is_cuda:
             values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._waiting.append((iteration, learning_rate, values, event))
+        start, self._since = self._since, self._clock.mark()
+        self._waiting.append((iteration, learning_rate, values, start, self._since))
 
     def take(self, keep: int) -> list[StepResult]:
         """Results of all steps but the newest `keep`, in order; waits for them if need be."""
         ready, self._waiting = self._waiting[: len(self._waiting) - keep], self._waiting[len(self._waiting) - keep :]
         results = []
-        for iteration, learning_rate, values, event in ready:
-            if event is not None:
-                event.synchronize()
+        for iteration, learning_rate, values, start, end in ready:
+            self._clock.wait(end)
             loss, norm, stops, skipped, scale = values.tolist()
-            results.append(StepResult(iteration, learning_rate, loss, norm, stops, bool(skipped), scale))
+            seconds = self._clock.seconds(start, end)
+            results.append(StepResult(iteration, learning_rate, loss, norm, stops, bool(skipped), scale, seconds))
         return results

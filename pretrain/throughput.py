@@ -1,7 +1,6 @@
 """How fast a step was: tokens and model FLOPs per second, and the share of the device's peak (MFU)."""
 
 import resource
-import time
 
 import torch
 
@@ -35,7 +34,7 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 class Throughput:
-    """Measures steps between calls of `lap`."""
+    """Figures of a step from the seconds it took."""
 
     def __init__(
         self, model: ModelConfig, seq_length: int, tokens_per_step: int, grid: ProcessGrid, peak: float | None
@@ -45,16 +44,9 @@ class Throughput:
         }
         self._tokens, self._grid = tokens_per_step, grid
         self._peak = peak if peak is not None else peak_tflops(grid.device)
-        self.restart()
 
-    def restart(self) -> None:
-        """Leave out what happened since the last step: an evaluation, a checkpoint."""
-        self._since = time.perf_counter()
-
-    def lap(self) -> dict[str, float | None]:
-        """Figures of the step that ended now. MFU counts all attention scores (full) or half of them (causal)."""
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
+    def figures(self, seconds: float) -> dict[str, float | None]:
+        """Of one step. MFU counts all attention scores (full) or half of them (causal)."""
         rate = self._tokens / seconds
         per_device = rate / self._grid.world_size / 1e12
         mfu = {name: per_device * flops / self._peak if self._peak else None for name, flops in self._flops.items()}

@@ -63,7 +63,7 @@ class Trainer:
         self.throughput = Throughput(
             config.model, batch.seq_length, self.batch_size * batch.seq_length, grid, config.logging.peak_tflops
         )
-        self.results = ResultQueue()
+        self.results = ResultQueue(grid.device)
         self.console, self.logs = self._open_logs()
         self._describe()
 
@@ -116,7 +116,7 @@ class Trainer:
             self._say(f" nothing to do: iteration {self.iteration} of {self.train_iters} is already reached")
             return
         batches = self.data.train_batches(self.consumed_samples)
-        self.throughput.restart()
+        self.results.restart()
         while self.iteration < self.train_iters:
             rate = learning_rate(self.config.optimizer, self.iteration, self.train_iters)
             scale = self.engine.loss_scaler.scale
@@ -167,7 +167,7 @@ class Trainer:
             "global_batch_size": self.batch_size,
             "loss_scale": result.loss_scale,
             "skipped": result.skipped,
-            **self.throughput.lap(),
+            **self.throughput.figures(result.seconds),
         }
 
     def _validation_loss(self) -> float:
@@ -175,7 +175,7 @@ class Trainer:
         batches = self.data.valid_batches(self.config.training.eval_iters)
         losses = torch.stack([self.engine.eval_step(self._to_device(batch)) for batch in batches])
         loss = losses.mean().item()
-        self.throughput.restart()
+        self.results.restart()
         return loss
 
     def _save(self) -> None:
@@ -192,7 +192,7 @@ class Trainer:
         self.saved_at = self.iteration
         how = "writing" if self.config.checkpoint.async_save else "saved"
         self._say(f" {how} checkpoint at iteration {self.iteration} to {self.config.checkpoint.save}")
-        self.throughput.restart()
+        self.results.restart()
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.grid.device, non_blocking=True) for name, tensor in batch.items()}
