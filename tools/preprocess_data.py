@@ -1,0 +1,154 @@
+"""Text to token ids in megatron-core's `.bin/.idx` format.
+
+    python -m tools.preprocess_data --input corpus.jsonl --tokenizer-model tokenizer.model \\
+        --output-prefix data/corpus --append-eod
+
+Input is JSON lines (`.jsonl`, `.json`, and `-` for standard input: the text under --json-keys) or plain text (any
+other name: the file is one document); each also with `.gz` or `.zst` behind. A document stays whole. Beside the
+dataset lies PREFIX.json, which says how it was made; training checks its flags against it.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from megatron_ext.errors import RequestError
+from tools.preprocessing.documents import read_chunks, size_on_disk
+from tools.preprocessing.encode import Recipe, encode_all, open_encoder
+from tools.preprocessing.writer import SUFFIXES, DatasetWriter
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    flags = _Parser(prog="python -m tools.preprocess_data", description=__doc__, allow_abbrev=False)
+    flags.formatter_class = argparse.RawDescriptionHelpFormatter
+    flags.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON lines or text; - reads stdin")
+    flags.add_argument(
+        "--tokenizer-model",
+        required=True,
+        metavar="FILE",
+        help="SentencePiece .model, tokenizer.json, or a directory with one",
+    )
+    flags.add_argument(
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="writes PREFIX.bin, PREFIX.idx and PREFIX.json; nothing is added to the name (Megatron-LM's own "
+        "tool adds _text_document)",
+    )
+    flags.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="where the text is in a JSON line; several are joined by a newline into one document (default: text)",
+    )
+    flags.add_argument("--append-eod", action="store_true", help="end each document with the end-of-sentence id")
+    flags.add_argument("--prepend-bos", action="store_true", help="begin each document with the begin-of-sentence id")
+    flags.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        metavar="N",
+        help="processes that encode; the output is the same for any number (default: one per CPU)",
+    )
+    flags.add_argument("--overwrite", action="store_true", help="replace an existing dataset of this name")
+    return flags
+
+
+def preprocess(args: argparse.Namespace) -> str:
+    """Write the dataset; gives the closing line.
+
+    Raises:
+        RequestError: something about the request is wrong; nothing is written.
+    """
+    if args.workers < 1:
+        raise RequestError(f"--workers {args.workers}: give 1 or more")
+    total = size_on_disk(args.input)
+    outputs = {Path(f"{args.output_prefix}.{suffix}").resolve() for suffix in SUFFIXES}
+    for name in args.input:
+        if Path(name).resolve() in outputs:
+            raise RequestError(f"--output-prefix {args.output_prefix} would write over --input {name}; choose another")
+    encoder = open_encoder(args.tokenizer_model)
+    for flag, given, token in (("eod", args.append_eod, encoder.eos_id), ("bos", args.prepend_bos, encoder.bos_id)):
+        if given and token is None:
+            name = "--append-eod" if flag == "eod" else "--prepend-bos"
+            raise RequestError(f"{name}: --tokenizer-model {args.tokenizer_model} has no such token")
+    recipe = Recipe(str(encoder.path), tuple(args.json_keys), args.prepend_bos, args.append_eod)
+
+    start = time.monotonic()
+    tokens, max_id, text_bytes, empty = 0, -1, 0, 0
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    with (
+        DatasetWriter(args.output_prefix, encoder.dtype, args.overwrite) as writer,
+        tqdm(
+            total=total, unit="B", unit_scale=True, desc="preprocess", mininterval=interval, delay=0.5, leave=False
+        ) as bar,
+    ):
+        try:
+            for encoded in encode_all(read_chunks(args.input), encoder, recipe, args.workers):
+                writer.add(encoded.tokens, encoded.lengths)
+                tokens += len(encoded.tokens) // encoder.dtype.itemsize
+                max_id = max(max_id, encoded.max_id)
+                text_bytes += encoded.text_bytes
+                empty += encoded.empty
+                bar.update(encoded.consumed)
+                bar.set_postfix(documents=len(writer.lengths), refresh=False)
+            if not writer.lengths:
+                raise RequestError(f"--input {' '.join(args.input)}: no documents ({empty} empty ones)")
+            documents = len(writer.lengths)
+            writer.finish(
+                {
+                    "documents": documents,
+                    "tokens": tokens,
+                    "empty_documents_skipped": empty,
+                    "text_bytes": text_bytes,
+                    "dtype": encoder.dtype.name,
+                    "max_token_id": max_id,
+                    "vocab_size": encoder.vocab_size,
+                    "tokenizer": encoder.path.name,
+                    "tokenizer_sha256": encoder.sha256,
+                    "append_eod": args.append_eod,
+                    "prepend_bos": args.prepend_bos,
+                    "eod_token_id": encoder.eos_id,
+                }
+            )
+        except OSError as error:
+            raise RequestError(f"--output-prefix {args.output_prefix}: {error.strerror or error}") from None
+    seconds = time.monotonic() - start
+    return (
+        f"{args.output_prefix}: {documents:,} documents ({empty:,} empty skipped), {tokens:,} tokens, "
+        f"{text_bytes / 1e6:.2f} MB of text in {seconds:.1f} s ({text_bytes / 1e6 / seconds:.2f} MB/s)"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; gives its exit code: 0 done, 2 the request is wrong, 130 interrupted."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it, too, cleans up
+    try:
+        print(preprocess(parser().parse_args(argv)))
+    except RequestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""Text to token ids: the tokenizer, one chunk, and many chunks in several processes."""
+
+import array
+import hashlib
+import json
+import multiprocessing
+import os
+import queue
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ext.errors import RequestError
+from tools.preprocessing.documents import Chunk
+
+_IN_FLIGHT = 2  # chunks that wait at each worker: enough to keep it busy, few enough to bound the memory
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer, and what goes around each document.
+
+    Attributes:
+        path: the file that was read.
+        sha256: of that file, in hex.
+        vocab_size: one more than the largest id.
+        bos_id, eos_id: None where the tokenizer has none.
+        encode: text to ids, without special tokens.
+    """
+
+    path: Path
+    sha256: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    encode: Callable[[str], list[int]]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of a token on disk, chosen as megatron-core does."""
+        return np.dtype(np.uint16 if self.vocab_size < 65500 else np.int32)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All a worker needs to know; small, so that it can be sent to one."""
+
+    tokenizer: str
+    json_keys: tuple[str, ...]
+    prepend_bos: bool
+    append_eod: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The documents of a chunk.
+
+    Attributes:
+        tokens: all ids one after the other, as bytes of `Encoder.dtype`.
+        lengths: int32, tokens of each document that was kept.
+        max_id: largest id, -1 when nothing was kept.
+        text_bytes: of UTF-8 text in the kept documents.
+        empty: documents without text.
+        consumed: as `Chunk.consumed`.
+    """
+
+    tokens: bytes
+    lengths: array.array
+    max_id: int
+    text_bytes: int
+    empty: int
+    consumed: int
+
+
+def open_encoder(name: str) -> Encoder:
+    """Open a SentencePiece `.model`, a `tokenizer.json`, or a directory with one (the `.model` first).
+
+    Raises:
+        RequestError: it is missing, or neither of these.
+    """
+    path = Path(name)
+    if path.is_dir():
+        found = [path / file for file in ("tokenizer.model", "tokenizer.json") if (path / file).is_file()]
+        if not found:
+            raise RequestError(f"--tokenizer-model {name}: no tokenizer.model or tokenizer.json in this directory")
+        path = found[0]
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"--tokenizer-model {name}: cannot read it: {error.strerror}") from None
+    opener = _open_json if path.suffix == ".json" else _open_sentencepiece
+    return opener(path, content, hashlib.sha256(content).hexdigest())
+
+
+def _open_sentencepiece(path: Path, content: bytes, sha256: str) -> Encoder:
+    import sentencepiece
+
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        size = model.vocab_size()
+    except Exception:  # the library raises bare RuntimeErrors that name its own source lines
+        size = 0
+    if size == 0:
+        raise RequestError(f"--tokenizer-model {path} is not a SentencePiece model")
+    ids = [value if value >= 0 else None for value in (model.bos_id(), model.eos_id())]
+    return Encoder(path, sha256, size, ids[0], ids[1], model.encode)
+
+
+def _open_json(path: Path, content: bytes, sha256: str) -> Encoder:
+    try:
+        import tokenizers
+    except ImportError:
+        raise RequestError(f"--tokenizer-model {path}: a tokenizer.json needs `pip install tokenizers`") from None
+    try:
+        model = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:
+        raise RequestError(f"--tokenizer-model {path} is not a Hugging Face tokenizer.json: {error}") from None
+    model.encode_special_tokens = True  # a "</s>" inside a document is text, not an end of document
+    settings = path.with_name("tokenizer_config.json")
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    if settings.is_file():
+        try:
+            given = json.loads(settings.read_bytes())
+            names = {key: token["content"] if isinstance(token := given.get(key), dict) else token for key in names}
+        except (ValueError, AttributeError, KeyError):
+            raise RequestError(f"--tokenizer-model {path}: cannot read {settings}") from None
+    bos, eos = (model.token_to_id(name) if name else None for name in names.values())
+    size = 1 + max(model.get_vocab(with_added_tokens=True).values())
+    return Encoder(path, sha256, size, bos, eos, lambda text: model.encode(text, add_special_tokens=False).ids)
+
+
+def encode_chunk(chunk: Chunk, encoder: Encoder, recipe: Recipe) -> Encoded:
+    """Encode the documents of a chunk; each is kept whole.
+
+    Raises:
+        RequestError: a document cannot be decoded; the message says file:line.
+    """
+    tokens, lengths, max_id, text_bytes, empty = [], array.array("i"), -1, 0, 0
+    before = [encoder.bos_id] if recipe.prepend_bos else []
+    after = [encoder.eos_id] if recipe.append_eod else []
+    for line, document in enumerate(chunk.documents, start=chunk.first):
+        if chunk.json_lines and not document.strip():
+            continue  # a blank line between two JSON lines is no document
+        where = f"{chunk.name}:{line}" if chunk.json_lines else chunk.name
+        try:
+            text = _json_text(document, where, recipe.json_keys) if chunk.json_lines else document.decode("utf-8-sig")
+            size = len(text.encode())  # also refuses the lone surrogates that JSON lets through
+        except UnicodeError as error:
+            raise RequestError(f"{where}: not valid UTF-8: {error.reason}") from None  # type: ignore[attr-defined]
+        if not text.strip():
+            empty += 1
+            continue
+        ids = np.array([*before, *encoder.encode(text), *after], dtype=encoder.dtype)
+        if len(ids) >= 2**31:
+            raise RequestError(f"{where}: a document of {len(ids)} tokens; the format's limit is 2**31 - 1")
+        tokens.append(ids.tobytes())
+        lengths.append(len(ids))
+        max_id = max(max_id, int(ids.max()))
+        text_bytes += size
+    return Encoded(b"".join(tokens), lengths, max_id, text_bytes, empty, chunk.consumed)
+
+
+def _json_text(line: bytes, where: str, keys: tuple[str, ...]) -> str:
+    try:
+        record = json.loads(line)
+    except UnicodeError:
+        raise
+    except ValueError as error:
+        raise RequestError(f"{where}: not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise RequestError(f"{where}: not a JSON object, but {type(record).__name__}")
+    for key in keys:
+        if not isinstance(record.get(key), str):
+            what = f"is {type(record[key]).__name__}, not text" if key in record else "is missing"
+            raise RequestError(f"{where}: key {key!r} {what}; name another with --json-keys")
+    return "\n".join(record[key] for key in keys)
+
+
+def encode_all(chunks: Iterator[Chunk], encoder: Encoder, recipe: Recipe, workers: int) -> Iterator[Encoded]:
+    """Encode chunks in `workers` processes (1: in this one), in the order given whatever their number.
+
+    Raises:
+        RequestError: a document cannot be decoded, or a worker died.
+    """
+    if workers == 1:
+        yield from (encode_chunk(chunk, encoder, recipe) for chunk in chunks)
+        return
+    pool = [_Worker(recipe) for _ in range(workers)]
+    try:
+        # Chunk i goes to worker i modulo N and its answer is fetched from there: order without reordering.
+        waiting: deque[_Worker] = deque()
+        for number, chunk in enumerate(chunks):
+            if len(waiting) == workers * _IN_FLIGHT:
+                yield waiting.popleft().fetch()
+            pool[number % workers].give(chunk)
+            waiting.append(pool[number % workers])
+        while waiting:
+            yield waiting.popleft().fetch()
+    finally:
+        for worker in pool:
+            worker.stop()
+
+
+class _Worker:
+    """A process with a queue in and a queue out."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._chunks: Any = multiprocessing.Queue()
+        self._answers: Any = multiprocessing.Queue()
+        arguments = (self._chunks, self._answers, recipe, os.getpid())
+        self._process = multiprocessing.Process(target=_work, args=arguments, daemon=True)
+        self._process.start()
+
+    def give(self, chunk: Chunk) -> None:
+        self._chunks.put(chunk)
+
+    def fetch(self) -> Encoded:
+        while True:
+            try:
+                answer = self._answers.get(timeout=1)
+            except queue.Empty:
+                if not self._process.is_alive():
+                    raise RequestError("a worker process died (out of memory?); try fewer --workers") from None
+                continue
+            if isinstance(answer, str):
+                raise RequestError(answer)
+            return answer
+
+    def stop(self) -> None:
+        self._process.kill()  # SIGTERM could meet the handler inherited from the parent, and get lost
+        self._process.join()
+        for channel in (self._chunks, self._answers):
+            channel.cancel_join_thread()
+            channel.close()
+
+
+def _work(chunks: Any, answers: Any, recipe: Recipe, parent: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # they may reach the whole group; the parent stops us
+    encoder = open_encoder(recipe.tokenizer)
+    while os.getppid() == parent:  # a killed parent cannot stop us: leave with it
+        try:
+            chunk = chunks.get(timeout=1)
+        except queue.Empty:
+            continue
+        try:
+            answers.put(encode_chunk(chunk, encoder, recipe))
+        except RequestError as error:
+            answers.put(str(error))
