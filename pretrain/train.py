@@ -107,6 +107,8 @@ class Trainer:
                 for i, (stage, rank) in enumerate(zip(layout.stages, layout.rank_of, strict=True))
             )
             self.console.say(f" {layout.schedule}: {cut}")
+        for line in self.data.describe():
+            self.console.say(f" {line}")
         if self.iteration:
             self.console.say(f" continuing from iteration {self.iteration} of {self.config.checkpoint.load}")
 

@@ -23,7 +23,8 @@ def validate(config: RunConfig) -> None:
     _check_device(config)
     if not config.data.data_path:
         raise RequestError("--data-path is required: PREFIX of a corpus written by python -m tools.preprocess_data")
-    check_data(config.data, config.batch.seq_length, config.model.vocab_size)
+    splits = ("train",) if config.training.eval_interval is None else ("train", "valid")
+    check_data(config.data, config.batch.seq_length, config.model.vocab_size, splits=splits)
     if config.checkpoint.load is not None:
         checkpoint = find_checkpoint(config.checkpoint.load)
         manifest = read_manifest(checkpoint)

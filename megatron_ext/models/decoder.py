@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ext.kernels import Kernels
+from megatron_ext.kernels import KernelConfig, Kernels, load_kernels
 from megatron_ext.models.config import ModelConfig
 from megatron_ext.models.rotary import rotate, rotation
 from megatron_ext.tensor_parallel import (
@@ -179,6 +179,13 @@ class Decoder(nn.Module):
         if loss_mask is None:
             return loss.flatten().mean(0, keepdim=True)
         return (loss * loss_mask).flatten().sum(0, keepdim=True) / loss_mask.sum().clamp(min=1)
+
+
+def whole_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The undistributed model with plain parameters on the meta device: for conversion, checks and counting."""
+    with torch.device("meta"):
+        stage = StageSpec(0, config.num_layers, has_embedding=True, has_head=True)
+        return Decoder(config, stage, TensorParallel(), load_kernels(KernelConfig()), dtype)
 
 
 def within_documents(document_ids: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,89 @@
+"""`python -m tools.check_export`: is an exported Hugging Face model the model that was trained?
+
+Computes the loss of a text with this project's decoder from the native checkpoint and with transformers from the
+exported folder, compares loss and logits, and prints a continuation by the exported model.
+Exit codes: 0 equal, 1 different, 2 the request is wrong.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from megatron_ext.checkpoint import find_checkpoint, read_manifest
+from megatron_ext.checkpoint.read import WeightReader
+from megatron_ext.errors import RequestError
+from megatron_ext.models import ModelConfig
+from megatron_ext.models.decoder import Decoder, whole_model
+
+_TOLERANCE = 1e-4
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m tools.check_export", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--native", required=True, metavar="DIR", help="checkpoint that was exported")
+    parser.add_argument("--hf", required=True, metavar="DIR", help="the exported folder, with its tokenizer")
+    parser.add_argument("--text", required=True, metavar="FILE", help="text whose loss is compared")
+    parser.add_argument("--max-tokens", type=int, default=256, help="how much of the text is used")
+    parser.add_argument("--prompt", help="text to continue")
+    parser.add_argument("--new-tokens", type=int, default=40, help="length of the continuation")
+    return parser
+
+
+def load_native(source: str) -> Decoder:
+    """The trained model, undistributed, in float32."""
+    checkpoint = find_checkpoint(source)
+    decoder = whole_model(ModelConfig(**read_manifest(checkpoint).model))
+    weights = WeightReader(checkpoint).read(name for name, _ in decoder.named_parameters())
+    if decoder.config.tied:
+        weights["lm_head.weight"] = weights["embed_tokens.weight"]
+    decoder.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    return decoder
+
+
+@torch.no_grad()
+def main(arguments: list[str]) -> int:
+    try:
+        options = build_parser().parse_args(arguments)
+        try:
+            import sentencepiece
+            from transformers import AutoModelForCausalLM
+        except ImportError as error:
+            raise RequestError(f"{error.name} is needed to check an export: pip install {error.name}") from error
+        for flag in ("text", "hf"):
+            if not Path(getattr(options, flag)).exists():
+                raise RequestError(f"--{flag} {getattr(options, flag)}: no such file or folder")
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(Path(options.hf) / "tokenizer.model"))
+        decoder = load_native(options.native)
+    except (RequestError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    exported: Any = AutoModelForCausalLM.from_pretrained(options.hf, dtype=torch.float32)
+    text = Path(options.text).read_text(encoding="utf-8")
+    ids = torch.tensor([tokenizer.encode(text, add_bos=True)[: options.max_tokens + 1]])
+    ours = decoder(ids[:, :-1], labels=ids[:, 1:]).item()
+    theirs = exported(input_ids=ids, labels=ids).loss.item()
+    difference = (decoder(ids) - exported(input_ids=ids).logits).abs().max().item()
+    print(f"loss of {ids.shape[1] - 1} tokens of {options.text}:")
+    print(f"  this project, native checkpoint   {ours:.6f}")
+    print(f"  transformers, exported folder     {theirs:.6f}")
+    print(f"  largest difference of a logit     {difference:.2e}")
+    if options.prompt is not None:
+        prompt = torch.tensor([tokenizer.encode(options.prompt, add_bos=True)])
+        continued = exported.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=options.new_tokens, do_sample=False
+        )
+        print(f"continuation: {tokenizer.decode(continued[0].tolist())}")
+    return 0 if max(abs(ours - theirs), difference) <= _TOLERANCE else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

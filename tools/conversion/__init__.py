@@ -1,0 +1,1 @@
+"""How checkpoints of other projects correspond to ours."""
