@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Style, types and tests. Makes its own environment if there is none.
+#   bash tests/run.sh            the default run, about ten minutes on two cores
+#   bash tests/run.sh --slow     with the long sweeps
+#   bash tests/run.sh tests/pretrain -k resume      anything else goes to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source tools/environment.sh
+
+select=(-m "not slow")
+if [[ "${1:-}" == "--slow" ]]; then
+    select=()
+    shift
+fi
+export OMP_NUM_THREADS=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
+
+say "ruff"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+say "mypy"
+"$PYTHON" -m mypy
+say "pytest"
+exec "$PYTHON" -m pytest "${select[@]}" "$@"

@@ -1,0 +1,74 @@
+"""`python -m tools.plot_metrics`: the curves of one or several runs, from their metrics files, as a picture."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_ext.errors import RequestError
+
+_PANELS = (("lm_loss", "lm loss"), ("grad_norm", "gradient norm"), ("learning_rate", "learning rate"))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(message)
+
+
+def read_metrics(path: str) -> list[dict[str, Any]]:
+    """Records of one metrics file. Raises RequestError where it is no such file."""
+    try:
+        records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not records or any("iteration" not in record for record in records):
+            raise ValueError("no iterations in it")
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--metrics {path}: not a metrics file ({error})") from error
+    return records
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], output: str, marks: list[int]) -> None:
+    """Loss (with validation loss), gradient norm and learning rate over iterations, one colour a run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (key, title) in zip(figure.subplots(len(_PANELS), sharex=True), _PANELS, strict=True):
+        for name, records in runs.items():
+            line = axes.plot([r["iteration"] for r in records], [r[key] for r in records], label=name)[0]
+            valid = [(r["iteration"], r["valid_loss"]) for r in records if "valid_loss" in r]
+            if key == "lm_loss" and valid:
+                axes.plot(*zip(*valid, strict=True), "o", color=line.get_color(), label=f"{name}, validation")
+        for mark in marks:
+            axes.axvline(mark, color="grey", linestyle=":")
+        axes.set_ylabel(title)
+        axes.grid(alpha=0.3)
+        if key == "lm_loss":
+            axes.legend()
+    axes.set_xlabel("iteration")
+    figure.savefig(output, dpi=120)
+
+
+def main(arguments: list[str]) -> int:
+    parser = _Parser(prog="python -m tools.plot_metrics", description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--metrics", nargs="+", required=True, metavar="FILE.jsonl", help="written by pretrain --metrics"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE.png", help="or .svg, .pdf")
+    parser.add_argument(
+        "--mark", nargs="*", type=int, default=[], metavar="N", help="iterations to mark, such as restarts"
+    )
+    try:
+        options = parser.parse_args(arguments)
+        runs = {Path(path).stem: read_metrics(path) for path in options.metrics}
+        draw(runs, options.output, options.mark)
+    except (RequestError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
