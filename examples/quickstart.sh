@@ -34,10 +34,10 @@ rm -rf "$out"
 mkdir -p "$out"
 
 say "1/6 tokenizers: a base one, a Chinese one, and their merge"
-"$PYTHON" -m tokenizer train --input "${base_texts[@]}" --output "$out/base.model" --vocab-size 800 \
-    --no-hard-vocab-limit --quiet
-"$PYTHON" -m tokenizer train --input "${chinese_texts[@]}" --output "$out/chinese.model" --vocab-size 1600 \
-    --model-type unigram --no-hard-vocab-limit --quiet
+"$PYTHON" -m tokenizer train --input "${base_texts[@]}" --output "$out/base.model" --vocab-size 2000 \
+    --character-coverage 0.995 --no-hard-vocab-limit --quiet
+"$PYTHON" -m tokenizer train --input "${chinese_texts[@]}" --output "$out/chinese.model" --vocab-size 4000 \
+    --model-type unigram --character-coverage 0.995 --no-hard-vocab-limit --quiet
 "$PYTHON" -m tokenizer merge --base "$out/base.model" --extra "$out/chinese.model" --output "$out/tokenizer"
 
 say "2/6 text to tokens, in megatron-core's format"
@@ -53,8 +53,7 @@ settings=(
     --save "$out/checkpoints" --metrics "$out/metrics.jsonl"
 )
 pretrain() {
-    "$PYTHON" -m torch.distributed.run --nproc-per-node "$1" --master-addr 127.0.0.1 --master-port 0 \
-        -m pretrain "${settings[@]}" "${@:2}"
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$1" -m pretrain "${settings[@]}" "${@:2}"
 }
 
 say "3/6 pretraining: 8 processes, TP 2 x PP 2 x DP 2 with sequence parallelism, 1F1B, ZeRO-1"

@@ -127,6 +127,8 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
+        if os.environ.get("MASTER_PORT") == "0":  # the ranks would wait for each other for ever
+            raise RequestError("MASTER_PORT is 0: give torchrun a free --master-port, or start it with --standalone")
         dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -30,6 +30,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise RequestError(f"--seed {self.seed}: must be from 0 to 2**32 - 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,8 @@ class LoggingConfig:
             raise RequestError("--wandb-exp-name and --wandb-save-dir need --wandb-project")
         if self.metrics is not None and not Path(self.metrics).resolve().parent.is_dir():
             raise RequestError(f"--metrics {self.metrics}: its folder does not exist")
+        if self.metrics is not None and Path(self.metrics).is_dir():
+            raise RequestError(f"--metrics {self.metrics}: is a folder; name a file in it")
 
 
 @dataclasses.dataclass(frozen=True)

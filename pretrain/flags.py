@@ -7,6 +7,7 @@ preset named by --model, then --config's file, then the command line.
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -60,9 +61,13 @@ class Flag:
                 raise RequestError(f"{self.spelled} {value}: must be true or false")
             return value
         try:
-            if isinstance(value, bool) or (self.kind is int and isinstance(value, float) and value != int(value)):
+            if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+                raise ValueError
+            if self.kind is int and isinstance(value, float) and value != int(value):
                 raise ValueError
             result = self.kind(value)
+            if isinstance(result, float) and not math.isfinite(result):
+                raise ValueError
         except (TypeError, ValueError, OverflowError):
             expected = {int: "a whole number", float: "a number"}.get(self.kind, "a text")
             raise RequestError(f"{self.spelled} {value}: must be {expected}") from None

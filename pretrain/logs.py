@@ -25,6 +25,7 @@ class Console:
 
     def __init__(self, interval: int, first: int, total: int):
         self._interval, self._total = interval, total
+        self._since_last_line: list[Record] = []
         live = sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=first, unit="it", dynamic_ncols=True) if live else None
 
@@ -38,13 +39,26 @@ class Console:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {record['lm_loss']:.4f}", refresh=False)
             self._bar.update(1)
+        self._since_last_line.append(record)
         if iteration % self._interval == 0 or iteration == self._total or record["skipped"]:
-            self.say(self._line(record))
+            self.say(self._line(record | self._means()))
+            self._since_last_line.clear()
         if "valid_loss" in record:
             self.say(
                 f" validation loss at iteration {iteration} | lm loss value: {record['valid_loss']:.6E} | "
                 f"lm loss PPL: {math.exp(min(record['valid_loss'], 80.0)):.6E}"
             )
+
+    def _means(self) -> Record:
+        """Speed over the iterations since the last line, which is steadier than the last iteration's."""
+        names = ("elapsed_ms", "tokens_per_second", "tflops_per_device", "mfu_full", "mfu_causal")
+        steps = self._since_last_line
+        seconds = sum(step["elapsed_ms"] for step in steps)
+        weighted = {
+            name: None if steps[0][name] is None else sum(step[name] * step["elapsed_ms"] for step in steps) / seconds
+            for name in names
+        }
+        return weighted | {"elapsed_ms": seconds / len(steps)}
 
     def _line(self, record: Record) -> str:
         mfu = "n/a"

@@ -6,6 +6,7 @@ Exit codes: 0 equal, 1 different, 2 the request is wrong.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,6 +50,12 @@ def load_native(source: str) -> Decoder:
     return decoder
 
 
+def first_document(path: Path) -> str:
+    """The file's text; of JSON lines, the first document's."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text.split("\n", 1)[0])["text"] if path.suffix == ".jsonl" else text
+
+
 @torch.no_grad()
 def main(arguments: list[str]) -> int:
     try:
@@ -67,7 +74,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     exported: Any = AutoModelForCausalLM.from_pretrained(options.hf, dtype=torch.float32)
-    text = Path(options.text).read_text(encoding="utf-8")
+    text = first_document(Path(options.text))
     ids = torch.tensor([tokenizer.encode(text, add_bos=True)[: options.max_tokens + 1]])
     ours = decoder(ids[:, :-1], labels=ids[:, 1:]).item()
     theirs = exported(input_ids=ids, labels=ids).loss.item()
