@@ -56,8 +56,7 @@ class ResultQueue:
         self, iteration: int, learning_rate: float, figures: torch.Tensor, loss_scale: torch.Tensor | float
     ) -> None:
         """figures: what `Engine.train_step` returned."""
-        scale = torch.as_tensor(loss_scale, dtype=figures.dtype, device=figures.device)
-        values = torch.cat([figures, scale[None]])
+        values = torch.cat([figures, torch.ones_like(figures[:1]) * loss_scale])
         if values.is_cuda:
             values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
         start, self._since = self._since, self._clock.mark()

@@ -30,6 +30,8 @@ class Optimizer:
         self.config, self.grid = config, grid
         self.params = {name: p for name, p in named.items() if p.requires_grad}
         self._uncounted = uncounted
+        self._counted: list[str] = []
+        self._shares = torch.empty(0)
         self._locals = {name: nn.Parameter(_local(p), requires_grad=True) for name, p in self.params.items()}
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, p in self.params.items():
@@ -63,22 +65,21 @@ class Optimizer:
 
         Each local part counts by one over the number of ranks of its pipeline stage that hold the same elements.
         """
-        grads, shares = [], []
-        stage_ranks = self.grid.world_size // self.grid.size("pp")
-        for name, param in self.params.items():
-            if param.grad is None or name in self._uncounted:
-                continue
-            assert isinstance(param.grad, DTensor)
-            grad = param.grad
-            parts = math.prod(
-                grad.device_mesh.size(i) for i, placement in enumerate(grad.placements) if placement.is_shard()
-            )
-            grads.append(grad.to_local())
-            shares.append(parts / stage_ranks)
-        if not grads:
+        counted = [name for name, p in self.params.items() if p.grad is not None and name not in self._uncounted]
+        if not counted:
             return torch.zeros((), dtype=torch.float64, device=self.grid.device)
-        norms = torch.stack(torch._foreach_norm(grads)).double()
-        return (norms.square() * torch.tensor(shares, dtype=torch.float64, device=norms.device)).sum()
+        norms = torch.stack(torch._foreach_norm([_local(_grad(self.params[name])) for name in counted]))
+        if counted != self._counted:  # copied to the device once, not every step
+            shares = [self._share(name) for name in counted]
+            self._counted, self._shares = counted, torch.tensor(shares, dtype=torch.float64, device=norms.device)
+        return (norms.double().square() * self._shares).sum()
+
+    def _share(self, name: str) -> float:
+        grad = _grad(self.params[name])
+        parts = math.prod(
+            grad.device_mesh.size(i) for i, placement in enumerate(grad.placements) if placement.is_shard()
+        )
+        return parts * self.grid.size("pp") / self.grid.world_size
 
     @torch.no_grad()
     def step(self, lr: float, norm: torch.Tensor, loss_scale: torch.Tensor | float) -> torch.Tensor:
@@ -134,6 +135,11 @@ class Optimizer:
 def decays(name: str, param: torch.Tensor) -> bool:
     """Weight decay applies to matrices only, as in Megatron-LM: not to norms, not to biases."""
     return param.ndim > 1 and not name.endswith("bias")
+
+
+def _grad(param: nn.Parameter) -> DTensor:
+    assert isinstance(param.grad, DTensor)
+    return param.grad
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
