@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -18,18 +18,13 @@ from megatron_ext.checkpoint.read import WeightReader
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.decoder import Decoder, whole_model
+from tools.command import Parser, run
 
 _TOLERANCE = 1e-4
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(message)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m tools.check_export", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def build_parser() -> Parser:
+    parser = Parser("check_export", __doc__)
     parser.add_argument("--native", required=True, metavar="DIR", help="checkpoint that was exported")
     parser.add_argument("--hf", required=True, metavar="DIR", help="the exported folder, with its tokenizer")
     parser.add_argument("--text", required=True, metavar="FILE", help="text whose loss is compared")
@@ -57,22 +52,20 @@ def first_document(path: Path) -> str:
 
 
 @torch.no_grad()
-def main(arguments: list[str]) -> int:
+def work(options: argparse.Namespace) -> int:
     try:
-        options = build_parser().parse_args(arguments)
-        try:
-            import sentencepiece
-            from transformers import AutoModelForCausalLM
-        except ImportError as error:
-            raise RequestError(f"{error.name} is needed to check an export: pip install {error.name}") from error
-        for flag in ("text", "hf"):
-            if not Path(getattr(options, flag)).exists():
-                raise RequestError(f"--{flag} {getattr(options, flag)}: no such file or folder")
+        import sentencepiece
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise RequestError(f"{error.name} is needed to check an export: pip install {error.name}") from error
+    for flag in ("text", "hf"):
+        if not Path(getattr(options, flag)).exists():
+            raise RequestError(f"--{flag} {getattr(options, flag)}: no such file or folder")
+    try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(Path(options.hf) / "tokenizer.model"))
-        decoder = load_native(options.native)
-    except (RequestError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise RequestError(f"--hf {options.hf}: no SentencePiece tokenizer.model there") from error
+    decoder = load_native(options.native)
     exported: Any = AutoModelForCausalLM.from_pretrained(options.hf, dtype=torch.float32)
     text = first_document(Path(options.text))
     ids = torch.tensor([tokenizer.encode(text, add_bos=True)[: options.max_tokens + 1]])
@@ -93,4 +86,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(build_parser(), work, None))

@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -23,19 +22,14 @@ from megatron_ext.checkpoint.read import WeightReader, write_weights
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.decoder import whole_model
+from tools.command import Parser, run
 from tools.conversion import hf_folder, llama
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(message)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m tools.convert_checkpoint", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def build_parser() -> Parser:
+    parser = Parser("convert_checkpoint", __doc__)
     parser.add_argument("--from", dest="source", choices=("native", "hf"), required=True)
     parser.add_argument("--to", dest="target", choices=("native", "hf"), required=True)
     parser.add_argument("--input", required=True, metavar="DIR", help="a checkpoint, or a folder with a `latest` one")
@@ -46,24 +40,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        options = build_parser().parse_args(arguments)
-        if options.source == options.target:
-            raise RequestError(f"--from {options.source} --to {options.target}: nothing to convert")
-        output = Path(options.output)
-        if output.exists():
-            raise RequestError(f"--output {output} exists already: remove it or choose another name")
-        if not output.resolve().parent.is_dir():
-            raise RequestError(f"--output {output}: {output.resolve().parent} is not a directory")
-        dtype = _DTYPES.get(options.dtype)
-        if options.target == "hf":
-            native_to_hf(options.input, output, dtype, options.tokenizer, int(options.max_shard_gb * 1e9))
-        else:
-            hf_to_native(Path(options.input), output, dtype)
-    except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def work(options: argparse.Namespace) -> int:
+    if options.source == options.target:
+        raise RequestError(f"--from {options.source} --to {options.target}: nothing to convert")
+    output = Path(options.output)
+    if output.exists():
+        raise RequestError(f"--output {output} exists already: remove it or choose another name")
+    if not output.resolve().parent.is_dir():
+        raise RequestError(f"--output {output}: {output.resolve().parent} is not a directory")
+    dtype = _DTYPES.get(options.dtype)
+    if options.target == "hf":
+        native_to_hf(options.input, output, dtype, options.tokenizer, int(options.max_shard_gb * 1e9))
+    else:
+        hf_to_native(Path(options.input), output, dtype)
     print(f"wrote {output}")
     return 0
 
@@ -144,4 +133,4 @@ class _appearing:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(build_parser(), work, None))

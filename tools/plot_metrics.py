@@ -4,16 +4,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_ext.errors import RequestError
+from tools.command import Parser, run
 
 _PANELS = (("lm_loss", "lm loss"), ("grad_norm", "gradient norm"), ("learning_rate", "learning rate"))
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(message)
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
@@ -50,25 +46,25 @@ def draw(runs: dict[str, list[dict[str, Any]]], output: str, marks: list[int]) -
     figure.savefig(output, dpi=120)
 
 
-def main(arguments: list[str]) -> int:
-    parser = _Parser(prog="python -m tools.plot_metrics", description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--metrics", nargs="+", required=True, metavar="FILE.jsonl", help="written by pretrain --metrics"
-    )
+def build_parser() -> Parser:
+    parser = Parser("plot_metrics", __doc__)
+    parser.add_argument("--metrics", nargs="+", required=True, metavar="FILE.jsonl", help="of pretrain --metrics")
     parser.add_argument("--output", required=True, metavar="FILE.png", help="or .svg, .pdf")
     parser.add_argument(
         "--mark", nargs="*", type=int, default=[], metavar="N", help="iterations to mark, such as restarts"
     )
+    return parser
+
+
+def work(options: argparse.Namespace) -> int:
+    runs = {Path(path).stem: read_metrics(path) for path in options.metrics}
     try:
-        options = parser.parse_args(arguments)
-        runs = {Path(path).stem: read_metrics(path) for path in options.metrics}
         draw(runs, options.output, options.mark)
-    except (RequestError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--output {options.output}: {error}") from error
     print(f"wrote {options.output}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(build_parser(), work, None))

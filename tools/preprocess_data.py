@@ -15,25 +15,19 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from tqdm import tqdm
 
 from megatron_ext.errors import RequestError
+from tools.command import Parser, run
 from tools.preprocessing.documents import read_chunks, size_on_disk
 from tools.preprocessing.encode import Recipe, encode_all, open_encoder
 from tools.preprocessing.writer import SUFFIXES, DatasetWriter
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(message)
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    flags = _Parser(prog="python -m tools.preprocess_data", description=__doc__, allow_abbrev=False)
-    flags.formatter_class = argparse.RawDescriptionHelpFormatter
+    flags = Parser("preprocess_data", __doc__)
     flags.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON lines or text; - reads stdin")
     flags.add_argument(
         "--tokenizer-model",
@@ -138,15 +132,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; gives its exit code: 0 done, 2 the request is wrong, 130 interrupted."""
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it, too, cleans up
     try:
-        print(preprocess(parser().parse_args(argv)))
-    except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return run(parser(), work, argv)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def work(args: argparse.Namespace) -> int:
+    print(preprocess(args))
     return 0
 
 

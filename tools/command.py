@@ -1,0 +1,32 @@
+"""What every program in this room does alike: a parser with one-line errors, and exit code 2 for a wrong request."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from megatron_ext.errors import RequestError
+
+
+class Parser(argparse.ArgumentParser):
+    """Of `python -m tools.NAME`; shows the module's docstring as it is written. Raises RequestError."""
+
+    def __init__(self, name: str, description: str | None):
+        super().__init__(
+            prog=f"python -m tools.{name}",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(message)
+
+
+def run(parser: Parser, work: Callable[[argparse.Namespace], int], arguments: Sequence[str] | None) -> int:
+    """Parse and work; gives the exit code: what `work` returns, or 2 after one line that says what is wrong."""
+    try:
+        return work(parser.parse_args(arguments))
+    except RequestError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
