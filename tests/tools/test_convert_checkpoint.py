@@ -1,0 +1,144 @@
+"""Conversion against transformers: the same tensors, the same logits, and a clear word about bad input."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ext.checkpoint import find_checkpoint, read_manifest
+from tools import check_export, convert_checkpoint
+from tools.command import run
+
+transformers = pytest.importorskip("transformers")
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped": {"num_key_value_heads": 2},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "llama3": {"rope_parameters": LLAMA3_ROPE},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+}
+
+
+def convert(*arguments: object) -> int:
+    return run(convert_checkpoint.build_parser(), convert_checkpoint.work, [str(word) for word in arguments])
+
+
+def hf_model(folder: Path, **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **{
+            "hidden_size": 32,
+            "intermediate_size": 88,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "vocab_size": 997,
+            "max_position_embeddings": 128,
+        }
+        | options
+    )
+    model = transformers.LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_there_and_back_is_bitwise_equal(tmp_path: Path, variant: str) -> None:
+    model = hf_model(tmp_path / "hf", **VARIANTS[variant])
+    assert convert("--from", "hf", "--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native") == 0
+    back = ("--from", "native", "--to", "hf", "--input", tmp_path / "native", "--output", tmp_path / "back")
+    assert convert(*back, "--max-shard-gb", "0.0001") == 0
+    assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
+
+    returned = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back")
+    theirs = model.state_dict()
+    assert {name: tensor.dtype for name, tensor in returned.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in theirs.items()
+    }
+    for name, tensor in returned.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+
+    ids = torch.arange(100)[None] * 7 % 997
+    expected = model(input_ids=ids).logits
+    assert torch.equal(returned(input_ids=ids).logits, expected)
+    ours = check_export.load_native(str(tmp_path / "native"))
+    assert (ours(ids) - expected).abs().max() <= 1e-5
+
+
+def test_dtype_and_manifest(tmp_path: Path) -> None:
+    hf_model(tmp_path / "hf")
+    assert convert("--from", "hf", "--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native") == 0
+    manifest = read_manifest(find_checkpoint(tmp_path / "native"))
+    assert (manifest.iteration, manifest.has_optimizer, manifest.model["vocab_size"]) == (0, False, 997)
+    arguments = ("--from", "native", "--to", "hf", "--input", tmp_path / "native", "--output", tmp_path / "half")
+    assert convert(*arguments, "--dtype", "bfloat16") == 0
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    half = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "half")
+    assert half.dtype == torch.bfloat16
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _edit(folder: Path, **fields: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+BROKEN = {
+    "truncated weights": (_truncate, "model.safetensors is not a whole safetensors file"),
+    "missing weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
+    "another architecture": (lambda f: _edit(f, model_type="gpt2"), "model_type 'gpt2' is not supported"),
+    "wrong width": (lambda f: _edit(f, hidden_size=64, head_dim=16), "lm_head.weight is (997, 32), config.json asks for (997, 64)"),
+    "a layer too many": (lambda f: _edit(f, num_hidden_layers=4), "lacks weight layers.3."),
+    "a layer too few": (lambda f: _edit(f, num_hidden_layers=2), "has an unknown weight layers.2."),
+    "unknown rope": (
+        lambda f: _edit(f, rope_parameters={"rope_type": "yarn", "factor": 2.0}),
+        "rope scaling 'yarn' is not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_input_is_refused_and_leaves_nothing(
+    tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    breakage, message = BROKEN[case]
+    hf_model(tmp_path / "hf")
+    breakage(tmp_path / "hf")
+    capsys.readouterr()
+    assert convert("--from", "hf", "--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "there").mkdir()
+    requests = {
+        ("--from", "hf", "--to", "hf", "--input", "x", "--output", "y"): "nothing to convert",
+        ("--from", "hf", "--to", "native", "--input", "x", "--output", tmp_path / "there"): "exists already",
+        ("--from", "native", "--to", "hf", "--input", tmp_path / "no", "--output", tmp_path / "y"): "no such directory",
+        ("--from", "gguf", "--to", "native", "--input", "x", "--output", "y"): "invalid choice",
+    }
+    for request, message in requests.items():
+        assert convert(*request) == 2
+        assert message in capsys.readouterr().err
