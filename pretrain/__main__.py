@@ -38,11 +38,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _refuse(message: str) -> int:
-    """Say it once per node. The other ranks wait for torchrun to end them, lest it ends the speaker first."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(30)
+    """Say it once per node: usually all ranks refuse alike, and torchrun ends the others as soon as one has left.
+
+    They wait for that, so that the first one is heard; a rank that is alone in refusing speaks after the wait.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        time.sleep(10)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from megatron_ext.checkpoint import find_checkpoint, has_checkpoints
 from megatron_ext.engine import BatchConfig, EngineConfig, RecomputeConfig
 from megatron_ext.errors import RequestError
 from megatron_ext.kernels import KernelConfig
@@ -51,6 +52,27 @@ class CheckpointConfig:
             raise RequestError(f"--save-interval {self.save_interval}: must be at least 1")
         if self.finetune and self.load is None:
             raise RequestError("--finetune needs --load")
+        if self.save is not None and has_checkpoints(self.save) and not self.continues_in_place:
+            raise RequestError(
+                f"--save {self.save} holds checkpoints of another run: continue it with --load {self.save}, "
+                "or choose another folder"
+            )
+
+    @property
+    def continues_in_place(self) -> bool:
+        """Checkpoints go where they come from: the command with which a run is both started and restarted."""
+        if self.save is None or self.load is None:
+            return False
+        return Path(self.save).resolve() in (Path(self.load).resolve(), Path(self.load).resolve().parent)
+
+    def find(self) -> Path | None:
+        """The checkpoint to load, None to start anew. Raises RequestError where --load names none.
+
+        A restartable command names one folder for --save and --load; the first time there is nothing in it.
+        """
+        if self.load is None or (self.continues_in_place and not has_checkpoints(self.load)):
+            return None
+        return find_checkpoint(self.load)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from megatron_ext.checkpoint.directory import write_text
 from pretrain.config import LoggingConfig, RunConfig
 
 Record = dict[str, Any]
@@ -157,15 +158,19 @@ def open_logs(
 
 
 def trim_metrics(path: str | None, iteration: int) -> None:
-    """Forget what an earlier, interrupted run wrote past the iteration that is continued from."""
+    """Forget what an interrupted run wrote past the iteration that is continued from; all else is kept.
+
+    A run that starts anew sets an earlier one's file aside as FILE.old.
+    """
     if path is None or not Path(path).is_file():
+        return
+    if iteration == 0:
+        os.replace(path, f"{path}.old")
         return
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if _iteration_of(line) <= iteration]
     if len(kept) != len(lines):
-        temporary = f"{path}.tmp"
-        Path(temporary).write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(Path(path), "".join(line + "\n" for line in kept))
 
 
 def _iteration_of(line: str) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpoint import CheckpointWriter, Manifest, find_checkpoint, load_checkpoint
+from megatron_ext.checkpoint import CheckpointWriter, Manifest, load_checkpoint
 from megatron_ext.checkpoint.directory import write_text
 from megatron_ext.checkpoint.load import layout_of
 from megatron_ext.engine import Engine
@@ -59,7 +59,7 @@ class Trainer:
         self.resolved = to_yaml(dataclasses.replace(config, batch=batch))
         save = config.checkpoint.save
         self.writer = CheckpointWriter(save, self.engine, config.checkpoint.async_save) if save is not None else None
-        self.saved_at = self.iteration if save is not None and self.iteration and self._resumes_in(save) else None
+        self.saved_at = self.iteration if self.iteration and config.checkpoint.continues_in_place else None
         self.throughput = Throughput(
             config.model, batch.seq_length, self.batch_size * batch.seq_length, grid, config.logging.peak_tflops
         )
@@ -70,14 +70,11 @@ class Trainer:
     def _load(self) -> tuple[int, int]:
         """Iteration and samples to continue from; the engine's weights and states are filled in."""
         options = self.config.checkpoint
-        if options.load is None:
+        checkpoint = options.find()
+        if checkpoint is None:
             return 0, 0
-        manifest = load_checkpoint(self.engine, find_checkpoint(options.load), weights_only=options.finetune)
+        manifest = load_checkpoint(self.engine, checkpoint, weights_only=options.finetune)
         return (0, 0) if options.finetune else (manifest.iteration, manifest.consumed_samples)
-
-    def _resumes_in(self, save: str) -> bool:
-        load = self.config.checkpoint.load
-        return load is not None and find_checkpoint(load).resolve().parent == Path(save).resolve()
 
     def _open_logs(self) -> tuple[Console | None, list[Log]]:
         logging = self.config.logging

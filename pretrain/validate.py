@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from megatron_ext.checkpoint import check_compatible, find_checkpoint, read_manifest
+from megatron_ext.checkpoint import check_compatible, read_manifest
 from megatron_ext.checkpoint.save import check_writable
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import world_size_from_environment
@@ -25,8 +25,8 @@ def validate(config: RunConfig) -> None:
         raise RequestError("--data-path is required: PREFIX of a corpus written by python -m tools.preprocess_data")
     splits = ("train",) if config.training.eval_interval is None else ("train", "valid")
     check_data(config.data, config.batch.seq_length, config.model.vocab_size, splits=splits)
-    if config.checkpoint.load is not None:
-        checkpoint = find_checkpoint(config.checkpoint.load)
+    checkpoint = config.checkpoint.find()
+    if checkpoint is not None:
         manifest = read_manifest(checkpoint)
         check_compatible(manifest, config.model, checkpoint)
     if config.checkpoint.save is not None:

@@ -7,7 +7,7 @@ DIR/iter_0000100/             complete: it appears under this name by one rename
     .metadata, *.distcp       weights, Adam moments, step count, loss scale, random states
 """
 
-from megatron_ext.checkpoint.directory import Manifest, find_checkpoint, read_manifest
+from megatron_ext.checkpoint.directory import Manifest, find_checkpoint, has_checkpoints, read_manifest
 from megatron_ext.checkpoint.load import check_compatible, load_checkpoint
 from megatron_ext.checkpoint.save import CheckpointWriter
 
@@ -16,6 +16,7 @@ __all__ = [
     "Manifest",
     "check_compatible",
     "find_checkpoint",
+    "has_checkpoints",
     "load_checkpoint",
     "read_manifest",
 ]

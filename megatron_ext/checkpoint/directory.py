@@ -81,6 +81,11 @@ def _sync_directory(path: Path) -> None:
             os.close(descriptor)
 
 
+def has_checkpoints(path: str | Path) -> bool:
+    """Whether there is a complete checkpoint in, or at, this folder."""
+    return (Path(path) / LATEST).is_file() or (Path(path) / MANIFEST).is_file()
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint that `--load PATH` means: PATH itself, or the one that PATH/latest names."""
     path = Path(path)

@@ -33,8 +33,9 @@ def layout_of(grid: ProcessGrid) -> dict[str, int]:
 
 def check_compatible(manifest: Manifest, model: ModelConfig, checkpoint: Path) -> None:
     """Raise RequestError naming the first field in which the checkpoint's model is another one."""
-    for name, wanted in dataclasses.asdict(model).items():
-        stored = manifest.model.get(name)
+    stored_model = dataclasses.asdict(ModelConfig(**manifest.model).resolved())
+    for name, wanted in dataclasses.asdict(model.resolved()).items():
+        stored = stored_model[name]
         if name not in _FREE_FIELDS and stored != wanted and not name.startswith(("rope", "rotary")):
             raise RequestError(
                 f"--load {checkpoint}: its model has {name} {stored}, the run asks for {wanted} "

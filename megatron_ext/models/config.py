@@ -38,6 +38,10 @@ class ModelConfig:
     def kv_heads(self) -> int:
         return self.num_query_groups or self.num_attention_heads
 
+    def resolved(self) -> "ModelConfig":
+        """The same model with the head size and the number of KV heads spelled out."""
+        return dataclasses.replace(self, kv_channels=self.head_dim, num_query_groups=self.kv_heads)
+
     @property
     def tied(self) -> bool:
         return not self.untie_embeddings_and_output_weights

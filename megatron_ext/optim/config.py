@@ -1,4 +1,4 @@
-"""Hyperparameters of the optimizer, with Megatron-LM's flag names and defaults."""
+"""Hyperparameters of the optimizer, under Megatron-LM's flag names."""
 
 import dataclasses
 
@@ -61,7 +61,7 @@ class PrecisionConfig:
     initial_loss_scale: float = option(2.0**32, "fp16: first dynamic loss scale")
     min_loss_scale: float = option(1.0, "fp16: smallest dynamic loss scale")
     loss_scale_window: int = option(1000, "fp16: good steps before the scale doubles")
-    hysteresis: int = option(2, "fp16: overflows before the scale halves")
+    hysteresis: int = option(2, "fp16: overflows before the scale begins to halve")
 
     def validate(self) -> None:
         if self.bf16 and self.fp16:

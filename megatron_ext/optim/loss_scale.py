@@ -8,8 +8,9 @@ from megatron_ext.optim.config import PrecisionConfig
 class LossScaler:
     """Multiply the loss by `scale`; after each step say whether a gradient overflowed.
 
-    As in Megatron-LM: `hysteresis` overflows halve the scale (never below min_loss_scale), loss_scale_window good
-    steps in a row double it. Without fp16 the scale is 1 and stays. State: three float32 scalars.
+    As in Megatron-LM: once `hysteresis` overflows have been seen, each one halves the scale (never below
+    min_loss_scale); loss_scale_window good steps in a row double it and restore the tolerance. Without fp16 the
+    scale is 1 and stays. State: three float32 scalars.
     """
 
     def __init__(self, config: PrecisionConfig, device: torch.device):
@@ -34,5 +35,5 @@ class LossScaler:
         grow = good >= self.config.loss_scale_window
         scale = torch.where(shrink, (scale / 2).clamp(min=self.config.min_loss_scale), scale)
         scale = torch.where(grow, scale * 2, scale)
-        tolerance = torch.where(grow | shrink, float(self.config.hysteresis), tolerance)
+        tolerance = torch.where(grow, float(self.config.hysteresis), tolerance)
         self.state = torch.stack([scale, torch.where(grow, 0.0, good), tolerance])

@@ -77,7 +77,7 @@ class Optimizer:
     def _share(self, name: str) -> float:
         grad = _grad(self.params[name])
         parts = math.prod(
-            grad.device_mesh.size(i) for i, placement in enumerate(grad.placements) if placement.is_shard()
+            grad.device_mesh.size(i) for i, placement in enumerate(grad.placements) if not placement.is_replicate()
         )
         return parts * self.grid.size("pp") / self.grid.world_size
 

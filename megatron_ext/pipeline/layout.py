@@ -99,8 +99,8 @@ def _stages_per_rank(schedule: str, asked: int | None) -> int:
                 f"--num-virtual-stages-per-pipeline-rank {asked}: --pipeline-schedule {schedule} always has {fixed}"
             )
         return fixed
-    per_rank = asked or (2 if schedule == "interleaved" else 1)
     least = 2 if schedule == "interleaved" else 1
+    per_rank = least if asked is None else asked
     if per_rank < least:
         raise RequestError(
             f"--num-virtual-stages-per-pipeline-rank {per_rank}: --pipeline-schedule {schedule} needs at least {least}"
@@ -119,7 +119,8 @@ def _check_microbatches(schedule: str, pp: int, num_stages: int, n_microbatches:
         rounds = max(1, n_microbatches // pp)
         if n_microbatches < pp or n_microbatches % rounds:
             raise RequestError(
-                f"--pipeline-schedule {schedule} needs a multiple of PP {pp} microbatches, not {n_microbatches}; {hint}"
+                f"--pipeline-schedule {schedule} needs at least PP {pp} microbatches, in equal rounds (a multiple of "
+                f"{pp} always does), not {n_microbatches}; {hint}"
             )
     if schedule == "dualpipev" and n_microbatches < num_stages:
         raise RequestError(

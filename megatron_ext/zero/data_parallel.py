@@ -64,9 +64,28 @@ class DataParallel:
         if decoder.stage.has_head and not tied_here:
             fully_shard([decoder.norm, decoder.lm_head], **options)
         fully_shard(decoder, **options)
+        self._prefetch_in_backward(tied_here)
         for module in self._fsdp_modules():
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+    def _prefetch_in_backward(self, tied_here: bool) -> None:
+        """Name what each group gathers ahead in backward: the one before it, and the first nothing (itself).
+
+        Left to itself FSDP goes by the order of past forwards, which with several microbatches runs over their
+        ends: the first group would gather the last one again, in vain.
+        """
+        decoder = self.decoder
+        groups: list[Any] = list(decoder.layers.values())
+        if tied_here:
+            groups.append(decoder)
+        else:
+            if decoder.stage.has_embedding:
+                groups.insert(0, decoder.embed_tokens)
+            if decoder.stage.has_head:
+                groups.append(decoder.lm_head)
+        for before, group in zip([groups[0], *groups], groups, strict=False):
+            group.set_modules_to_backward_prefetch([before])
 
     def _shard_dimension(self, param: nn.Parameter) -> Shard:
         """ZeRO cuts the dimension that tensor parallelism does not, so that every shard is one plain block."""

@@ -1,0 +1,254 @@
+"""Checkpoint directories: complete and named by `latest`, or not there, wherever a save is interrupted."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+import megatron_ext.checkpoint.save
+from megatron_ext.checkpoint import CheckpointWriter, Manifest, find_checkpoint, load_checkpoint, read_manifest
+from megatron_ext.checkpoint.directory import LATEST, MANIFEST, partial_path, publish, remove_partials, write_text
+from megatron_ext.checkpoint.load import layout_of
+from megatron_ext.checkpoint.save import check_writable
+from megatron_ext.engine import Engine
+from megatron_ext.errors import RequestError
+from megatron_ext.mesh import build_grid
+from tests.distributed import Pool
+from tests.megatron_ext.training import tiny
+
+
+def manifest(iteration: int) -> Manifest:
+    return Manifest(iteration, 8 * iteration, 128 * iteration, {"num_layers": 4}, {"world_size": 1}, True)
+
+
+def write(root: Path, iteration: int, content: str = "weights") -> Path:
+    """What CheckpointWriter does but for the tensors."""
+    partial = partial_path(root, iteration)
+    partial.mkdir(parents=True)
+    (partial / "data").write_text(content)
+    return publish(root, manifest(iteration))
+
+
+def test_a_published_checkpoint_is_found_and_complete(tmp_path: Path) -> None:
+    assert write(tmp_path, 5) == tmp_path / "iter_0000005"
+    newest = write(tmp_path, 10)
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000005", "iter_0000010", "latest"]
+    assert find_checkpoint(tmp_path) == newest
+    assert find_checkpoint(tmp_path / "iter_0000005") == tmp_path / "iter_0000005"
+    assert read_manifest(newest) == dataclasses.replace(manifest(10), files={"data": 7})
+
+
+def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
+    write(tmp_path, 5, "old")
+    write(tmp_path, 5, "newer")
+    assert (find_checkpoint(tmp_path) / "data").read_text() == "newer"
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000005", "latest"]
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda c: (c / "data").unlink(), "incomplete checkpoint, data is missing"),
+        (lambda c: (c / "data").write_text("half"), "incomplete checkpoint, data has 4 bytes instead of 7"),
+        (lambda c: (c / MANIFEST).write_text("{"), "unreadable manifest.json"),
+        (lambda c: (c / MANIFEST).write_text("[1]"), "unreadable manifest.json"),
+        (lambda c: (c / MANIFEST).write_text('{"iteration": 5}'), "unreadable manifest.json"),
+        (lambda c: (c / MANIFEST).unlink(), "names 'iter_0000005', which is not a complete checkpoint there"),
+        (lambda c: (c.parent / LATEST).unlink(), "neither a checkpoint (manifest.json) nor a folder of checkpoints"),
+        (lambda c: (c.parent / LATEST).write_text("iter_1\n"), "names 'iter_1', which is not a complete checkpoint"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, spoil: Callable[[Path], object], message: str) -> None:
+    spoil(write(tmp_path, 5))
+    with pytest.raises(RequestError) as error:
+        read_manifest(find_checkpoint(tmp_path))
+    assert message in str(error.value)
+    assert str(error.value).startswith(f"--load {tmp_path}")
+    assert "\n" not in str(error.value)
+
+
+def test_another_format_version_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, 5) / MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
+    with pytest.raises(RequestError, match="format version 2, this program reads 1"):
+        read_manifest(find_checkpoint(tmp_path))
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.fixture
+def deaths(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], Iterator[int]]:
+    """`deaths(action)`: do the action over and over, dying at its first file system change, its second, ..."""
+    changes = [(os, name) for name in ("replace", "fsync", "rmdir", "unlink")]
+
+    def die_at_each(action: Callable[[], object]) -> Iterator[int]:
+        for last in range(1000):
+            done = 0
+
+            def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+                def call(*args: Any, **kwargs: Any) -> Any:
+                    nonlocal done
+                    if done == last:  # noqa: B023
+                        raise Killed
+                    done += 1
+                    return original(*args, **kwargs)
+
+                return call
+
+            with monkeypatch.context() as patched:
+                for module, name in changes:
+                    patched.setattr(module, name, counted(getattr(module, name)))
+                try:
+                    action()
+                    return
+                except Killed:
+                    pass
+            yield last
+
+    return die_at_each
+
+
+def fresh(root: Path, number: int) -> Path:
+    return root / f"attempt{number}"
+
+
+def test_killed_while_publishing_leaves_the_last_or_the_new_one(tmp_path: Path, deaths) -> None:
+    attempt = 0
+
+    def save() -> None:
+        nonlocal attempt
+        attempt += 1
+        write(fresh(tmp_path, attempt), 10, "new")
+
+    def prepare(number: int) -> None:
+        write(fresh(tmp_path, number), 5, "old")
+
+    prepare(1)
+    found = []
+    for _ in deaths(save):
+        root = fresh(tmp_path, attempt)
+        checkpoint = find_checkpoint(root)
+        read_manifest(checkpoint)
+        found.append((checkpoint / "data").read_text())
+        remove_partials(root)
+        write(root, 10, "new")  # the run is repeated
+        assert sorted(os.listdir(root)) == ["iter_0000005", "iter_0000010", "latest"]
+        prepare(attempt + 1)
+    assert found == sorted(found, reverse=True)  # old until some moment, new from then on
+    assert set(found) == {"old", "new"}
+
+
+def test_killed_while_replacing_leaves_one_of_them(tmp_path: Path, deaths) -> None:
+    attempt = 0
+
+    def save() -> None:
+        nonlocal attempt
+        attempt += 1
+        write(fresh(tmp_path, attempt), 5, "new")
+
+    write(fresh(tmp_path, 1), 5, "old")
+    for _ in deaths(save):
+        root = fresh(tmp_path, attempt)
+        checkpoint = find_checkpoint(root)
+        read_manifest(checkpoint)
+        assert (checkpoint / "data").read_text() in ("old", "new")
+        remove_partials(root)
+        write(root, 5, "repeated")
+        assert sorted(os.listdir(root)) == ["iter_0000005", "latest"]
+        assert (find_checkpoint(root) / "data").read_text() == "repeated"
+        write(fresh(tmp_path, attempt + 1), 5, "old")
+
+
+def test_write_text_is_all_or_nothing(tmp_path: Path, deaths) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    for _ in deaths(lambda: write_text(file, "new")):
+        assert file.read_text() in ("old", "new")
+    assert file.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_remove_partials_touches_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    (partial_path(tmp_path, 10) / "folder").mkdir(parents=True)
+    (tmp_path / "run.yaml").write_text("")
+    remove_partials(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000005", "latest", "run.yaml"]
+
+
+def test_check_writable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "new" / "folder")
+    assert os.listdir(tmp_path) == ["file"]
+    for wrong in ("file", "file/new"):
+        with pytest.raises(RequestError, match=r"^--save \S+: \S+file is not a writable directory$"):
+            check_writable(tmp_path / wrong)
+
+
+def build() -> Engine:
+    config = tiny()
+    return Engine(config, build_grid(config.parallel, torch.device("cpu")))
+
+
+def manifest_of(engine: Engine, iteration: int) -> Manifest:
+    return dataclasses.replace(
+        manifest(iteration), model=dataclasses.asdict(engine.config.model), layout=layout_of(engine.grid)
+    )
+
+
+def full(*_: Any) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+FAILURES: dict[str, tuple[int, Any, str]] = {
+    "a rank's tensors": (1, dcp.FileSystemWriter, "write_data"),
+    "the small files": (0, megatron_ext.checkpoint.save, "write_text"),
+    "the manifest": (0, megatron_ext.checkpoint.save, "publish"),
+}
+
+
+def save_on_a_full_disk(root: Path, background: bool, failure: str) -> tuple[str, list[str]]:
+    """A checkpoint, one of which a part cannot be written, and another. The refusal, and what was there after it."""
+    engine = build()
+    writer = CheckpointWriter(root, engine, background)
+    writer.save(manifest_of(engine, 1), {})
+    writer.wait()
+    rank, place, name = FAILURES[failure]
+    message = ""
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == rank:
+            patch.setattr(place, name, full)
+        try:
+            writer.save(manifest_of(engine, 2), {"run.yaml": ""})
+            writer.wait()
+        except RequestError as error:
+            message = str(error)
+        dist.barrier()
+        remains = sorted(os.listdir(root))
+        dist.barrier()
+    writer.save(manifest_of(engine, 3), {})
+    writer.wait()
+    load_checkpoint(engine, find_checkpoint(root))
+    return message, remains
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["", "in the background"])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failed_write_is_told_to_every_rank_and_leaves_nothing(
+    pool: Pool, tmp_path: Path, background: bool, failure: str
+) -> None:
+    for message, remains in pool.run(save_on_a_full_disk, 2, tmp_path, background, failure, timeout=60):
+        assert message.startswith(f"--save {tmp_path}: the checkpoint could not be written (")
+        assert "No space left on device" in message
+        assert "\n" not in message
+        assert remains == ["iter_0000001", "latest"]
+    assert find_checkpoint(tmp_path).name == "iter_0000003"

@@ -1,0 +1,242 @@
+"""What a step sends and holds, against the formulas of the ZeRO and Megatron papers.
+
+Psi is the number of parameters, m the microbatches of a rank, N the ranks that ZeRO shards over. Messages are
+counted as the papers do: an all-gather by its output, a reduce-scatter by its input, and an all-reduce of n, which
+travels as both, once as n. They are counted where they reach torch.distributed, whoever calls it.
+"""
+
+import gc
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_ext.engine import Engine, EngineConfig
+from megatron_ext.mesh import AXES, ProcessGrid, build_grid
+from megatron_ext.models.count import parameters, parameters_per_layer
+from megatron_ext.pipeline import SCHEDULES
+from megatron_ext.zero import DataParallel
+from tests.distributed import Pool
+from tests.megatron_ext.training import LR, global_batch, share, tiny
+
+GATHER, SCATTER, REDUCE, SEND = "all-gather", "reduce-scatter", "all-reduce", "send"
+_OPERATORS: dict[str, tuple[str, int]] = {  # what it is, and which argument is the whole message
+    "allreduce_": (REDUCE, 0),
+    "_allgather_base_": (GATHER, 0),
+    "_reduce_scatter_base_": (SCATTER, 1),
+    "send": (SEND, 0),
+    "all_reduce": (REDUCE, 0),
+}
+_SILENT = ("recv_", "wait_tensor")  # what another rank sends; what waits for a collective
+
+Messages = Counter[tuple[str, str, tuple[int, ...]]]  # (axis, collective, shape of the message) -> how many
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the messages that this rank passes to torch.distributed."""
+
+    def __init__(self, grid: ProcessGrid):
+        super().__init__()
+        self.axes = {grid.mesh[axis].get_group().group_name: axis for axis in AXES if grid.size(axis) > 1}
+        self.messages: Messages = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional") and func._opname not in _SILENT:
+            kind, position = _OPERATORS[func._opname]  # an operator that is not known is an error, not a zero
+            message = args[position][0] if isinstance(args[position], list) else args[position]
+            self.messages[self._axis(func, args), kind, tuple(message.shape)] += 1
+        return func(*args, **(kwargs or {}))
+
+    def _axis(self, func: Any, args: Any) -> str:
+        if func.namespace == "_c10d_functional":
+            return self.axes.get(args[-1], "world")
+        argument = [a.name for a in func._schema.arguments].index("process_group")
+        return self.axes.get(dist.ProcessGroup.unbox(args[argument]).group_name, "world")
+
+
+def messages_of_a_step(config: EngineConfig) -> Messages:
+    """Of the second step: the first also sets things up."""
+    grid = build_grid(config.parallel, torch.device("cpu"))
+    engine = Engine(config, grid)
+    for step in range(2):
+        batch = share(global_batch(config, step), grid, config.batch.micro_batch_size)
+        with Collectives(grid) as collectives:
+            engine.train_step(batch, LR)
+    messages = collectives.messages
+    (scalars,) = (key for key in messages if key[1:] == (REDUCE, (3,)))  # loss, norm, wish to stop: of the whole world
+    assert messages.pop(scalars) == 1
+    return messages
+
+
+def volume(messages: Messages, axis: str) -> dict[str, int]:
+    """Elements by collective."""
+    total: Counter[str] = Counter()
+    for (where, kind, shape), count in messages.items():
+        if where == axis:
+            total[kind] += count * torch.Size(shape).numel()
+    return dict(total)
+
+
+def zero_volume(stage: int, psi: int, m: int) -> dict[str, int]:
+    """Elements a step over the sharding ranks. 2 Psi where gradients are reduced once a step; the papers' 2 and
+    3 Psi hold for each *reduced microbatch*, and stages 2 and 3 reduce all of them."""
+    return {
+        0: {REDUCE: psi},
+        1: {GATHER: psi, SCATTER: psi},
+        2: {GATHER: psi, SCATTER: m * psi},
+        3: {GATHER: 2 * m * psi, SCATTER: m * psi},
+    }[stage]
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("dp", [2, 4])
+def test_zero_volume(pool: Pool, dp: int, stage: int) -> None:
+    config = tiny(zero_stage=stage)
+    m = config.batch.microbatches(dp)
+    for messages in pool.run(messages_of_a_step, dp, config):
+        assert volume(messages, "dp_shard") == zero_volume(stage, parameters(config.model), m)
+        assert {axis for axis, _, _ in messages} == {"dp_shard"}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_hybrid_volume(pool: Pool, stage: int) -> None:
+    """As ZeRO within a group of two; between the two groups every gradient shard is reduced once a step."""
+    config = tiny(zero_stage=stage, zero_shard_size=2)
+    psi, m = parameters(config.model), config.batch.microbatches(4)
+    for messages in pool.run(messages_of_a_step, 4, config):
+        assert volume(messages, "dp_shard") == zero_volume(stage, psi, m)
+        assert volume(messages, "dp_replicate") == {REDUCE: psi // 2}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_zero_1_communicates_once_a_step_in_every_schedule(pool: Pool, schedule: str) -> None:
+    config = tiny(pipeline_model_parallel_size=2, pipeline_schedule=schedule, zero_stage=1)
+    ranks = [volume(messages, "dp_shard") for messages in pool.run(messages_of_a_step, 4, config)]
+    for rank in ranks:
+        assert rank[GATHER] == rank[SCATTER]
+    psi = parameters(config.model)
+    assert sum(rank[GATHER] for rank in ranks) == 2 * psi  # every stage on two data-parallel ranks
+    assert sum(rank[SCATTER] for rank in ranks) == 2 * psi
+
+
+@pytest.mark.parametrize("recompute", [None, "full"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_tensor_parallel_messages(pool: Pool, layers: int, recompute: str | None) -> None:
+    """Two all-reduces of [b, s, h] a layer forward, two backward (arXiv 1909.08053, figure 4); the embedding adds one
+    forward, the head one backward. Recomputing a layer repeats its first."""
+    config = tiny(tensor_model_parallel_size=2, micro_batch_size=8, num_layers=layers, recompute_granularity=recompute)
+    m, hidden = config.batch.microbatches(1), (8, 16, 32)
+    # The last all-reduce of a layer's forward has nothing after it that backward needs: recomputation stops before.
+    forwards = 2 if recompute is None else 3
+    for messages in pool.run(messages_of_a_step, 2, config):
+        assert messages == {
+            ("tp", REDUCE, hidden): m * ((forwards + 2) * layers + 1 + 1),
+            ("tp", REDUCE, (8 * 16, 1)): m,  # cross entropy: the maximum,
+            ("tp", REDUCE, (2, 8 * 16)): m,  # the sum of exponentials and the target's logit
+        }
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_sequence_parallel_messages(pool: Pool, layers: int) -> None:
+    """A reduce-scatter and an all-gather for every all-reduce, and the input of a column-parallel layer gathered
+    again in backward instead of kept (arXiv 2205.05198, 4.2.2)."""
+    config = tiny(tensor_model_parallel_size=2, sequence_parallel=True, micro_batch_size=8, num_layers=layers)
+    m = config.batch.microbatches(1)
+    gathered, scattered = (2 * 8, 16 // 2, 32), (2 * 8, 16 // 2, 32)
+    embedding_backward, head_forward, head_again = 1, 1, 1
+    embedding_forward, head_backward = 1, 1
+    norms = (2 * layers + 1) * 32
+    for messages in pool.run(messages_of_a_step, 2, config):
+        assert messages == {
+            ("tp", GATHER, gathered): m * ((2 + 2 + 2) * layers + embedding_backward + head_forward + head_again),
+            ("tp", SCATTER, scattered): m * ((2 + 2) * layers + embedding_forward + head_backward),
+            ("tp", REDUCE, (8 * 16, 1)): m,
+            ("tp", REDUCE, (2, 8 * 16)): m,
+            ("tp", REDUCE, (norms,)): 1,  # gradients of the norms: every rank saw its own tokens
+        }
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_pipeline_messages(pool: Pool, tp: int) -> None:
+    """Hidden states forward and their gradients backward, once for every microbatch and boundary."""
+    config = tiny(tensor_model_parallel_size=tp, sequence_parallel=tp > 1, pipeline_model_parallel_size=2)
+    m = config.batch.microbatches(1)
+    for messages in pool.run(messages_of_a_step, 2 * tp, config):
+        sent = {key: count for key, count in messages.items() if key[0] == "pp"}
+        assert sent == {("pp", SEND, (2, 16 // tp, 32)): m}
+
+
+def resident_bytes() -> int:
+    """Bytes of all storages that any tensor of this process refers to."""
+    storages = {}
+    for item in gc.get_objects():
+        if not issubclass(type(item), torch.Tensor):
+            continue
+        for tensor in (item, item.grad if item.is_leaf else None):
+            if isinstance(tensor, DTensor):  # whose own storage is of the global size, and has no memory
+                tensor = tensor.to_local()
+            if tensor is not None and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def memory(config: EngineConfig) -> tuple[float, float, float]:
+    """Bytes per parameter of the model that this rank holds between steps, before the optimizer's step, and
+    between two microbatches."""
+    grid = build_grid(config.parallel, torch.device("cpu"))
+    batch = share(global_batch(config, 0), grid, config.batch.micro_batch_size)
+    before = resident_bytes()
+
+    def held() -> float:
+        gc.collect()
+        return (resident_bytes() - before) / parameters(config.model)
+
+    engine = Engine(config, grid)
+    engine.train_step(batch, LR)
+    between_steps = held()
+
+    inside = []
+    after_backward = DataParallel.after_backward
+
+    def watched(self: DataParallel, kind: str, last: bool) -> None:
+        after_backward(self, kind, last)
+        inside.append(held())
+
+    DataParallel.after_backward = watched  # type: ignore[method-assign]
+    engine.pipeline.forward_backward(batch)
+    return between_steps, held(), inside[0]
+
+
+@pytest.mark.parametrize("shard", [4, 2])
+@pytest.mark.parametrize("stage", range(4))
+def test_zero_memory(pool: Pool, stage: int, shard: int) -> None:
+    """fp32: weights 4, gradients 4, Adam's moments 8 bytes a parameter, together the paper's 2 + 2 + K with K = 12:
+    its fp32 copy of the weights, here the only one, is part of its K. All three are sharded between steps at every
+    stage from 1; stages 1 and 2 hold more inside one."""
+    config = tiny(zero_stage=stage, zero_shard_size=shard)
+    n = shard if stage else 1
+    whole_weights = 4 if stage in (1, 2) else 0  # gathered once a step, beside the shards
+    gradients = 4 if stage == 1 else 4 / n  # accumulated whole, until the last microbatch
+    if stage in (2, 3):  # FSDP keeps the input of its last reduce-scatter, the embedding's, until the next one
+        model = config.model
+        gradients += 4 * model.vocab_size * model.hidden_size / parameters(model)
+    for between_steps, before_update, between_microbatches in pool.run(memory, 4, config):
+        # 1 %: step counts of AdamW, scalars
+        assert between_steps == pytest.approx((4 + 8) / n, rel=0.01)
+        assert before_update == pytest.approx((4 + 4 + 8) / n, rel=0.01)
+        assert between_microbatches == pytest.approx((4 + 8) / n + whole_weights + gradients, rel=0.01)
+
+
+def test_memory_is_divided_by_pipeline_and_tensor_parallelism(pool: Pool) -> None:
+    config = tiny(pipeline_model_parallel_size=2, tensor_model_parallel_size=2, micro_batch_size=4)
+    psi, norms = parameters(config.model), (2 * config.model.num_layers + 1) * config.model.hidden_size
+    # torch's pipeline keeps room for what it receives, for every microbatch: here hidden states or their gradients.
+    room = 4 * 16 * config.batch.seq_length * config.model.hidden_size
+    ranks = [between_steps * psi - room for between_steps, _, _ in pool.run(memory, 4, config)]
+    assert sum(ranks) == pytest.approx(12 * (psi + norms), rel=0.01)  # every tp rank has all of the norms
+    assert max(ranks) - min(ranks) < 12 * parameters_per_layer(config.model)

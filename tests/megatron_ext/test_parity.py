@@ -1,0 +1,246 @@
+"""Every layout trains the same model: loss, gradient norm and weights against one process, step by step.
+
+In float64, where rounding cannot hide a bug, and in float32. Gradient norms are compared because AdamW hides a
+wrong scale of the gradient from the loss almost completely. The one process is itself held against transformers
+and torch.optim.AdamW. Figures are printed: `pytest -rP` shows them.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_ext.engine import Engine, EngineConfig
+from megatron_ext.mesh import build_grid
+from megatron_ext.optim import LossScaler, PrecisionConfig
+from tests.distributed import Pool
+from tests.megatron_ext.hugging_face import llama_like
+from tests.megatron_ext.training import LR, STEPS, Run, global_batch, one_process, tiny, train, whole_parameters, worst
+
+TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
+# Weights are compared absolutely. Where a gradient is near zero, AdamW makes its rounding a step of its own, so that
+# float32 weights agree less well than the loss: to within one step of the twenty.
+WEIGHT_TOLERANCE = {"float64": 1e-9, "float32": LR}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    ranks: int
+    options: dict[str, Any]
+    documents: bool = False
+
+
+def layout(
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    schedule: str | None = None,
+    zero: int = 0,
+    sp: bool = False,
+    documents: bool = False,
+    **options: Any,
+) -> Layout:
+    options |= {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "sequence_parallel": sp}
+    options |= {"pipeline_schedule": schedule, "zero_stage": zero}
+    # Two microbatches a rank where each costs many small collectives, else four (pipelines want as many).
+    options.setdefault("micro_batch_size", 8 // dp if tp > 1 or dp > 2 else 4 // dp)
+    return Layout(tp * pp * dp, options, documents)
+
+
+TIED: dict[str, Any] = {"untie_embeddings_and_output_weights": False}
+BIASED: dict[str, Any] = {"add_qkv_bias": True, "add_bias_linear": True}
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble", "zbv", "dualpipev")
+LAYOUTS: dict[str, Layout] = {
+    "TP2": layout(tp=2),
+    "TP2 SP": layout(tp=2, sp=True),
+    "TP4, 2 KV heads": layout(tp=4, num_query_groups=2),
+    "TP4 SP, 2 KV heads, biases": layout(tp=4, sp=True, num_query_groups=2, **BIASED),
+    "TP2, vocabulary 997": layout(tp=2, vocab_size=997),
+    **{f"PP2 {schedule}": layout(pp=2, schedule=schedule) for schedule in SCHEDULES},
+    "PP2 zero-bubble, 2 stages a rank": layout(pp=2, schedule="zero-bubble", num_virtual_stages_per_pipeline_rank=2),
+    "PP3 of 3,2,2 layers": layout(pp=3, num_layers=7, pipeline_layers=(3, 2, 2)),
+    **{f"DP{dp} ZeRO-{zero}": layout(dp=dp, zero=zero) for dp in (2, 4) for zero in range(4)},
+    **{f"DP4 in shards of 2, ZeRO-{zero}": layout(dp=4, zero=zero, zero_shard_size=2) for zero in (1, 2, 3)},
+    **{f"TP2 PP2 DP2 SP ZeRO-{zero}": layout(2, 2, 2, zero=zero, sp=True) for zero in range(4)},
+    **{
+        f"PP2 DP2 {schedule} ZeRO-{zero}": layout(pp=2, dp=2, schedule=schedule, zero=zero)
+        for schedule in ("zero-bubble", "zbv", "interleaved")
+        for zero in (2, 3)
+    },
+    "PP2 DP4 zbv in shards of 2, ZeRO-3": layout(pp=2, dp=4, schedule="zbv", zero=3, zero_shard_size=2),
+    "TP2 DP2 ZeRO-3, vocabulary 997": layout(tp=2, dp=2, zero=3, vocab_size=997),
+    "DP2 ZeRO-1, tied": layout(dp=2, zero=1, **TIED),
+    "DP2 ZeRO-3, tied": layout(dp=2, zero=3, **TIED),
+    "PP2 1f1b, tied": layout(pp=2, **TIED),
+    "PP2 zbv, tied": layout(pp=2, schedule="zbv", **TIED),
+    "PP2 DP2 ZeRO-1, tied": layout(pp=2, dp=2, zero=1, **TIED),
+    "TP2 PP2 DP2 ZeRO-3, tied": layout(2, 2, 2, zero=3, **TIED),
+    "PP2 DP2 zbv ZeRO-3, tied": layout(pp=2, dp=2, schedule="zbv", zero=3, **TIED),
+    "PP2 1f1b, recompute full": layout(pp=2, recompute_granularity="full"),
+    "PP2 zero-bubble, recompute full": layout(pp=2, schedule="zero-bubble", recompute_granularity="full"),
+    "PP2 zero-bubble, recompute selective": layout(pp=2, schedule="zero-bubble", recompute_granularity="selective"),
+    "TP2 DP2 SP ZeRO-3, recompute full": layout(tp=2, dp=2, sp=True, zero=3, recompute_granularity="full"),
+    "TP2 DP2 ZeRO-1, recompute selective": layout(tp=2, dp=2, zero=1, recompute_granularity="selective"),
+    "TP2 DP2 SP ZeRO-1, biases": layout(tp=2, dp=2, sp=True, zero=1, **BIASED),
+    "TP2 PP2 SP, documents and masks": layout(tp=2, pp=2, sp=True, documents=True),
+    "PP2 DP2 zbv ZeRO-2, documents and masks": layout(pp=2, dp=2, schedule="zbv", zero=2, documents=True),
+}
+# What float32 adds is rounding, which the number of ranks and the order of sums change and the schedule does not.
+FLOAT32_BY_DEFAULT = {
+    "TP2 SP",
+    "PP2 zero-bubble",
+    "PP3 of 3,2,2 layers",
+    "DP4 ZeRO-3",
+    "DP4 in shards of 2, ZeRO-2",
+    "TP2 PP2 DP2 SP ZeRO-1",
+    "PP2 DP2 zbv ZeRO-3",
+    "PP2 zbv, tied",
+    "TP2 DP2 SP ZeRO-1, biases",
+}
+CASES = [pytest.param(name, "float64") for name in LAYOUTS] + [
+    pytest.param(name, "float32", marks=[] if name in FLOAT32_BY_DEFAULT else [pytest.mark.slow]) for name in LAYOUTS
+]
+
+Reference = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def reference(pool: Pool) -> Reference:
+    """The run of one process, computed once for each model, precision and kind of batch."""
+    runs: dict[Any, Run] = {}
+
+    def run(config: EngineConfig, documents: bool = False) -> Run:
+        key = (one_process(config), documents)
+        if key not in runs:
+            (runs[key],) = pool.run(train, 1, *key)
+        return runs[key]
+
+    return run
+
+
+def assert_same_weights(runs: list[Run], expected: Run, tolerance: float) -> None:
+    assert set().union(*(run.parameters for run in runs)) >= set(expected.parameters)
+    for name, weight in itertools.chain.from_iterable(run.parameters.items() for run in runs):
+        # The copy of a tied matrix that another stage holds must have stayed a copy.
+        original = expected.parameters.get(name, expected.parameters["embed_tokens.weight"])
+        assert (weight - original).abs().max() <= tolerance, name
+
+
+@pytest.mark.parametrize("name, dtype", CASES)
+def test_layout_equals_one_process(pool: Pool, reference: Reference, name: str, dtype: str) -> None:
+    case = LAYOUTS[name]
+    config = tiny(params_dtype=dtype, **case.options)
+    expected = reference(config, case.documents)
+    runs = pool.run(train, case.ranks, config, case.documents, (0, STEPS // 2))
+
+    loss = max(worst(run.losses, expected.losses) for run in runs)
+    norm = max(worst(run.norms, expected.norms) for run in runs)
+    print(f"{name}, {dtype}: largest relative difference {loss:.1e} (loss), {norm:.1e} (gradient norm)")
+    assert loss <= TOLERANCE[dtype]
+    assert norm <= TOLERANCE[dtype]
+    for run in runs:
+        assert torch.equal(run.losses, runs[0].losses)  # what is reported is one number, not one for each rank
+        assert torch.equal(run.norms, runs[0].norms)
+        for step, evaluated in run.evaluated.items():  # and the evaluation left no trace: see the reference
+            assert evaluated == pytest.approx(run.losses[step].item(), rel=TOLERANCE[dtype])
+    assert_same_weights(runs, expected, WEIGHT_TOLERANCE[dtype])
+
+
+def test_clipping_bites_on_some_steps(reference: Reference) -> None:
+    """The parity of the layouts proves something of clipped steps and of others."""
+    config = tiny(params_dtype="float64")
+    clipped = reference(config).norms > config.optimizer.clip_grad
+    assert 0 < clipped.sum() < STEPS
+
+
+def initial_weights(config: EngineConfig) -> dict[str, torch.Tensor]:
+    return whole_parameters(Engine(config, build_grid(config.parallel, torch.device("cpu"))))
+
+
+@pytest.mark.parametrize("options", [{}, TIED | {"num_query_groups": 2}, {"weight_decay": 0.0, "clip_grad": 0.0}])
+def test_one_process_equals_transformers_and_torch_adamw(
+    pool: Pool, reference: Reference, options: dict[str, Any]
+) -> None:
+    config = tiny(params_dtype="float64", **options)
+    expected = reference(config)
+    (weights,) = pool.run(initial_weights, 1, config)
+    model = llama_like(config.model, weights).double()
+
+    optimizer = config.optimizer
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": optimizer.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=LR, betas=(optimizer.adam_beta1, optimizer.adam_beta2), eps=optimizer.adam_eps)
+    losses, norms = [], []
+    for step in range(STEPS):
+        batch = global_batch(config, step)
+        logits = model(batch["tokens"]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_grad or float("inf"))
+        adam.step()
+        adam.zero_grad()
+        losses.append(loss.detach())
+        norms.append(norm.detach())
+    assert worst(expected.losses, torch.stack(losses)) <= 1e-9
+    assert worst(expected.norms, torch.stack(norms)) <= 1e-9
+
+
+HALF_LAYOUTS = {
+    "one process": layout(),
+    "TP2 SP": layout(tp=2, sp=True),
+    "PP2 DP2 zero-bubble ZeRO-1": layout(pp=2, dp=2, schedule="zero-bubble", zero=1),
+    "TP2 PP2 DP2 SP ZeRO-3": layout(2, 2, 2, sp=True, zero=3),
+}
+
+
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", HALF_LAYOUTS)
+def test_half_precision_stays_close_to_float32(pool: Pool, reference: Reference, name: str, half: str) -> None:
+    case = HALF_LAYOUTS[name]
+    config = tiny(**case.options)
+    expected = reference(config)
+    precision = PrecisionConfig(bf16=half == "bf16", fp16=half == "fp16", initial_loss_scale=2.0**10)
+    runs = pool.run(train, case.ranks, dataclasses.replace(config, precision=precision))
+    loss = max(worst(run.losses, expected.losses) for run in runs)
+    norm = max(worst(run.norms, expected.norms) for run in runs)
+    print(f"{name}, {half}: largest relative difference {loss:.1e} (loss), {norm:.1e} (gradient norm)")
+    assert not runs[0].skipped.any()
+    loss_bound, norm_bound = {"bf16": (1e-3, 1e-2), "fp16": (2e-4, 2e-3)}[half]
+    assert loss <= loss_bound
+    assert norm <= norm_bound
+
+
+@pytest.mark.parametrize("name", HALF_LAYOUTS)
+def test_overflow_skips_the_update_everywhere_and_halves_the_scale(pool: Pool, name: str) -> None:
+    case = HALF_LAYOUTS[name]
+    config = tiny(fp16=True, initial_loss_scale=2.0**24, hysteresis=1, **case.options)
+    before = pool.run(initial_weights, case.ranks, config)
+    for run, weights in zip(pool.run(functools.partial(train, steps=1), case.ranks, config), before):
+        assert run.skipped.tolist() == [1.0]
+        assert run.loss_scale == 2.0**23
+        assert all(torch.equal(run.parameters[n], weights[n]) for n in weights)
+
+    runs = pool.run(functools.partial(train, steps=12), case.ranks, config)
+    skips = int(runs[0].skipped.sum())
+    assert 0 < skips < 12  # the scale came down to where training goes on
+    for run in runs:
+        assert torch.equal(run.skipped, runs[0].skipped)
+        assert run.loss_scale == 2.0 ** (24 - skips)
+        assert all(weight.isfinite().all() for weight in run.parameters.values())
+
+
+def test_loss_scale_waits_for_hysteresis_and_grows_after_a_window() -> None:
+    config = PrecisionConfig(fp16=True, initial_loss_scale=16.0, hysteresis=2, loss_scale_window=3, min_loss_scale=4.0)
+    scaler = LossScaler(config, torch.device("cpu"))
+    scales = []
+    for overflow in (1, 1, 0, 0, 0, 1, 1, 1, 1, 1, 1):
+        scaler.update(torch.tensor(float(overflow)))
+        scales.append(float(scaler.scale))
+    assert scales == [16, 8, 8, 8, 16, 16, 8, 8, 4, 4, 4]
