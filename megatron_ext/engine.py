@@ -34,7 +34,7 @@ class BatchConfig:
         """With the global batch size filled in. Raises RequestError where it cannot be divided."""
         if self.micro_batch_size < 1 or self.seq_length < 1:
             raise RequestError("--micro-batch-size and --seq-length must be at least 1")
-        size = self.global_batch_size or self.micro_batch_size * dp
+        size = self.micro_batch_size * dp if self.global_batch_size is None else self.global_batch_size
         if size < 1 or size % (self.micro_batch_size * dp):
             raise RequestError(
                 f"--global-batch-size {size} is not a multiple of --micro-batch-size {self.micro_batch_size} x "

@@ -31,6 +31,10 @@ def validate(config: RunConfig) -> None:
         check_compatible(manifest, config.model, checkpoint)
     if config.checkpoint.save is not None:
         check_writable(config.checkpoint.save)
+    for name in ("tensorboard_dir", "wandb_save_dir"):
+        folder = getattr(config.logging, name)
+        if folder is not None:
+            check_writable(folder, "--" + name.replace("_", "-"))
     if config.logging.metrics is not None and not os.access(os.path.dirname(config.logging.metrics) or ".", os.W_OK):
         raise RequestError(f"--metrics {config.logging.metrics}: its folder is not writable")
 

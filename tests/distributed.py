@@ -52,7 +52,7 @@ class Pool:
     @classmethod
     def start(cls) -> "Pool":
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megatron_ext.engine", "tests.distributed"])
+        context.set_forkserver_preload(["pretrain.train", "pretrain.data.samples", "tests.distributed"])
         return cls(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), context)
 
     def run(self, fn: Callable[..., Any], world_size: int, *args: Any, timeout: float | None = None) -> list[Any]:

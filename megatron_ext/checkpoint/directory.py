@@ -38,8 +38,19 @@ def partial_path(root: Path, iteration: int) -> Path:
     return root / f".{checkpoint_name(iteration)}.tmp"
 
 
+def replaced_path(root: Path, name: str) -> Path:
+    """Where a checkpoint stands aside while another of the same iteration takes its place."""
+    return root / f".{name}.old"
+
+
 def remove_partials(root: Path) -> None:
     """Clear away what a killed run left unfinished."""
+    for old in root.glob(".iter_*.old"):
+        final = root / old.name.removeprefix(".").removesuffix(".old")
+        if final.exists():
+            shutil.rmtree(old)
+        else:  # killed between the two renames
+            os.replace(old, final)
     for path in root.glob(".iter_*.tmp"):
         shutil.rmtree(path)
 
@@ -62,7 +73,7 @@ def publish(root: Path, manifest: Manifest) -> Path:
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
     complete = dataclasses.replace(manifest, files=sizes)
     write_text(partial / MANIFEST, json.dumps(dataclasses.asdict(complete), indent=2) + "\n")
-    replaced = final.with_name(f".{final.name}.old")
+    replaced = replaced_path(root, final.name)
     if final.exists():
         os.replace(final, replaced)
     os.replace(partial, final)
@@ -96,9 +107,10 @@ def find_checkpoint(path: str | Path) -> Path:
     if not (path / LATEST).is_file():
         raise RequestError(f"--load {path}: neither a checkpoint ({MANIFEST}) nor a folder of checkpoints ({LATEST})")
     name = (path / LATEST).read_text(encoding="utf-8").strip()
-    if not (path / name / MANIFEST).is_file():
-        raise RequestError(f"--load {path}: its '{LATEST}' names {name!r}, which is not a complete checkpoint there")
-    return path / name
+    for checkpoint in (path / name, replaced_path(path, name)):
+        if (checkpoint / MANIFEST).is_file():
+            return checkpoint
+    raise RequestError(f"--load {path}: its '{LATEST}' names {name!r}, which is not a complete checkpoint there")
 
 
 def read_manifest(checkpoint: Path) -> Manifest:

@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ext.checkpoint.directory import Manifest, read_manifest
 from megatron_ext.checkpoint.state import (
     apply_optimizer_state,
+    fill_copies,
     model_state,
     optimizer_state,
     random_key,
@@ -60,9 +62,10 @@ def load_checkpoint(engine: Engine, checkpoint: Path, weights_only: bool = False
         state[random_key()] = random_state(engine)
     try:
         dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint), process_group=dist.new_group(backend="gloo"))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise RequestError(f"--load {checkpoint}: cannot be read ({reason})") from error
+    fill_copies(engine)
     if with_optimizer:
         apply_optimizer_state(engine, state)
     if with_optimizer and same_layout:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ext.checkpoint.directory import Manifest, partial_path, publish, remove_partials, write_text
 from megatron_ext.checkpoint.state import model_state, optimizer_state, random_key, random_state
@@ -40,12 +41,7 @@ class CheckpointWriter:
         """
         self.wait()
         partial = partial_path(self.root, manifest.iteration)
-        if self._is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            for name, text in texts.items():
-                write_text(partial / name, text)
-        dist.barrier(group=self._group)
+        self._agree(self._prepare(partial, texts) if self._is_first else "")
         state = model_state(self.engine, for_saving=True) | optimizer_state(self.engine, for_saving=True)
         state[random_key()] = random_state(self.engine)
         writer = dcp.FileSystemWriter(partial)
@@ -56,10 +52,22 @@ class CheckpointWriter:
         future = Future()
         try:
             future.set_result(dcp.save(state, storage_writer=writer, process_group=self._group))
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             future.set_exception(error)
         self._pending = (future, manifest)
         self.wait()
+
+    def _prepare(self, partial: Path, texts: dict[str, str]) -> str:
+        """Make the partial directory. Returns what went wrong, or nothing."""
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name, text in texts.items():
+                write_text(partial / name, text)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            return str(error)
+        return ""
 
     def poll(self) -> None:
         """Publish a background checkpoint that has been written. Cheap: call it at every step, on every rank.
@@ -67,33 +75,42 @@ class CheckpointWriter:
         Only the first rank needs to: it coordinates, so its part ends after everyone's.
         """
         if self._is_first and self._pending is not None and self._pending[0].done():
-            self._finish()
+            self._raise(self._finish())
 
     def wait(self) -> None:
         """Return when no checkpoint is being written any more."""
-        if self._pending is not None:
-            self._finish()
-        dist.barrier(group=self._group)
+        self._agree(self._finish() if self._pending is not None else "")
 
-    def _finish(self) -> None:
+    def _finish(self) -> str:
+        """Publish what has been written, or clear it away. Returns what went wrong, or nothing."""
         assert self._pending is not None
         future, manifest = self._pending
         self._pending = None
         try:
             future.result()
-        except Exception as error:
+            if self._is_first:
+                publish(self.root, manifest)
+        except (Exception, CheckpointException) as error:  # the latter is a BaseException
             if self._is_first:
                 shutil.rmtree(partial_path(self.root, manifest.iteration), ignore_errors=True)
-            reason = str(error).strip().splitlines()[-1]
-            raise RequestError(f"--save {self.root}: the checkpoint could not be written ({reason})") from error
-        if self._is_first:
-            publish(self.root, manifest)
+            return str(error).strip().splitlines()[-1]
+        return ""
+
+    def _agree(self, problem: str) -> None:
+        """Wait for all ranks; raise on every one if any has a problem."""
+        problems = [""] * dist.get_world_size(self._group)
+        dist.all_gather_object(problems, problem, group=self._group)
+        self._raise(next(filter(None, problems), ""))
+
+    def _raise(self, problem: str) -> None:
+        if problem:
+            raise RequestError(f"--save {self.root}: the checkpoint could not be written ({problem})")
 
 
-def check_writable(root: str | Path) -> None:
-    """Raise RequestError where a checkpoint folder could not be made or written; leaves nothing behind."""
+def check_writable(root: str | Path, flag: str = "--save") -> None:
+    """Raise RequestError where a folder could not be made or written; leaves nothing behind."""
     path = Path(root)
     while not path.exists():
         path = path.parent
     if not path.is_dir() or not os.access(path, os.W_OK):
-        raise RequestError(f"--save {root}: {path} is not a writable directory")
+        raise RequestError(f"{flag} {root}: {path} is not a writable directory")

@@ -17,30 +17,47 @@ State = dict[str, torch.Tensor]
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 STEPS, LOSS_SCALER = "optimizer.steps", "loss_scaler"
+EMBEDDING = "embed_tokens.weight"
 
 
 def checkpoint_name_of(engine: Engine, name: str) -> str:
     """A tied head on its own stage is read from, and stands for, the embedding."""
-    return "embed_tokens.weight" if name in engine.copies() else name
+    return EMBEDDING if name in engine.copies() else name
+
+
+def _left_out(engine: Engine, for_saving: bool) -> frozenset[str]:
+    """Copies of tied weights without an entry: their source saves them, and is loaded where both are on this rank."""
+    return engine.copies() if for_saving or EMBEDDING in engine.parameters else frozenset()
 
 
 def model_state(engine: Engine, for_saving: bool) -> State:
-    """Weights. Copies of tied weights are loaded but not saved: their source saves them."""
+    """Weights under their checkpoint keys."""
     return {
         MODEL + checkpoint_name_of(engine, name): param.detach()
         for name, param in engine.parameters.items()
-        if not (for_saving and name in engine.copies())
+        if name not in _left_out(engine, for_saving)
     }
 
 
 def optimizer_state(engine: Engine, for_saving: bool) -> State:
     state: State = {STEPS: engine.optimizer.step_count.clone(), LOSS_SCALER: engine.loss_scaler.state.clone()}
     for name in engine.optimizer.params:
-        if for_saving and name in engine.copies():
+        if name in _left_out(engine, for_saving):
             continue
         for moment, value in engine.optimizer.moments(name).items():
             state[f"{OPTIMIZER}{moment}.{checkpoint_name_of(engine, name)}"] = value
     return state
+
+
+@torch.no_grad()
+def fill_copies(engine: Engine) -> None:
+    """Tied weights whose source is on this rank too (V-shaped schedules) take the source's values, moments included."""
+    for name in _left_out(engine, for_saving=False):
+        engine.parameters[name].copy_(engine.parameters[EMBEDDING])
+        if name in engine.optimizer.params:
+            source = engine.optimizer.moments(EMBEDDING)
+            for moment, value in engine.optimizer.moments(name).items():
+                value.copy_(source[moment])
 
 
 def apply_optimizer_state(engine: Engine, state: State) -> None:

@@ -48,9 +48,11 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raise RequestError where the numbers do not make a model."""
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
+        for name in (*sizes, "num_query_groups", "kv_channels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise RequestError(
                 f"--hidden-size {self.hidden_size} is not a multiple of --num-attention-heads "
