@@ -106,7 +106,10 @@ BROKEN = {
     "missing weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
     "another architecture": (lambda f: _edit(f, model_type="gpt2"), "model_type 'gpt2' is not supported"),
-    "wrong width": (lambda f: _edit(f, hidden_size=64, head_dim=16), "lm_head.weight is (997, 32), config.json asks for (997, 64)"),
+    "wrong width": (
+        lambda f: _edit(f, hidden_size=64, head_dim=16),
+        "lm_head.weight is (997, 32), config.json asks for (997, 64)",
+    ),
     "a layer too many": (lambda f: _edit(f, num_hidden_layers=4), "lacks weight layers.3."),
     "a layer too few": (lambda f: _edit(f, num_hidden_layers=2), "has an unknown weight layers.2."),
     "unknown rope": (
