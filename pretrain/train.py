@@ -28,6 +28,7 @@ Batch = dict[str, torch.Tensor]
 def run(config: RunConfig, device: torch.device) -> None:
     """Train as `config` (validated) says. Every rank calls it, with torch.distributed initialised."""
     grid = build_grid(config.parallel, device)
+    torch.manual_seed(config.training.seed + dist.get_rank())
     trainer = Trainer(config, grid)
     with StopRequest() as stop:
         trainer.train(stop)

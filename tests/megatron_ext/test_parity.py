@@ -243,4 +243,4 @@ def test_loss_scale_waits_for_hysteresis_and_grows_after_a_window() -> None:
     for overflow in (1, 1, 0, 0, 0, 1, 1, 1, 1, 1, 1):
         scaler.update(torch.tensor(float(overflow)))
         scales.append(float(scaler.scale))
-    assert scales == [16, 8, 8, 8, 16, 16, 8, 8, 4, 4, 4]
+    assert scales == [16, 8, 8, 8, 16, 16, 8, 4, 4, 4, 4]
