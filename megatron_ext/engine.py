@@ -16,7 +16,7 @@ from megatron_ext.kernels import KernelConfig, load_kernels
 from megatron_ext.mesh import ParallelConfig, ProcessGrid
 from megatron_ext.models import Decoder, ModelConfig, initialize_weights
 from megatron_ext.optim import LossScaler, Optimizer, OptimizerConfig, PrecisionConfig
-from megatron_ext.option import option
+from megatron_ext.option import option, refuse_unused
 from megatron_ext.pipeline import SCHEDULES, Pipeline, PipelineConfig, TiedEmbedding, plan_stages
 from megatron_ext.tensor_parallel import TensorParallel, distribute_parameters
 from megatron_ext.zero import DataParallel, ZeroConfig
@@ -72,6 +72,9 @@ class EngineConfig:
     def validate(self, world_size: int) -> "EngineConfig":
         """The same configuration with the global batch size resolved; raises RequestError."""
         self.model.validate()
+        self.model.validate_length(self.batch.seq_length)
+        if self.zero.zero_stage == 0:
+            refuse_unused(self.parallel, ("zero_shard_size",), "--zero-stage 1, 2 or 3")
         dp = self.parallel.data_parallel_size(world_size)
         batch = self.batch.resolve(dp)
         tp = self.parallel.tensor_model_parallel_size

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_ext.errors import RequestError
+
 
 def option(
     default: Any = dataclasses.MISSING,
@@ -22,3 +24,11 @@ def option(
     if factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def refuse_unused(config: Any, names: Sequence[str], needed: str) -> None:
+    """Raise RequestError if any of these fields was given: without `needed` it would be accepted and ignored."""
+    for field in dataclasses.fields(config):
+        if field.name in names and getattr(config, field.name) != field.default:
+            flag = "--" + field.name.replace("_", "-")
+            raise RequestError(f"{flag} {getattr(config, field.name)} has no effect without {needed}")

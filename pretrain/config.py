@@ -10,7 +10,7 @@ from megatron_ext.kernels import KernelConfig
 from megatron_ext.mesh import ParallelConfig
 from megatron_ext.models import ModelConfig
 from megatron_ext.optim import OptimizerConfig, PrecisionConfig
-from megatron_ext.option import option
+from megatron_ext.option import option, refuse_unused
 from megatron_ext.pipeline import PipelineConfig
 from megatron_ext.zero import ZeroConfig
 from pretrain.data import DataConfig
@@ -31,6 +31,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.eval_interval is None:
+            refuse_unused(self, ("eval_iters",), "--eval-interval")
         if not 0 <= self.seed < 2**32:
             raise RequestError(f"--seed {self.seed}: must be from 0 to 2**32 - 1")
 

@@ -8,6 +8,7 @@ from megatron_ext.checkpoint import check_compatible, read_manifest
 from megatron_ext.checkpoint.save import check_writable
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import world_size_from_environment
+from megatron_ext.option import refuse_unused
 from pretrain.config import RunConfig
 from pretrain.data import check_data
 
@@ -20,11 +21,14 @@ def validate(config: RunConfig) -> None:
     assert config.training.train_iters is not None
     config.optimizer.validate(config.training.train_iters)
     config.engine().validate(world_size_from_environment())
-    _check_device(config)
+    _check_kernels(config)
     if not config.data.data_path:
         raise RequestError("--data-path is required: PREFIX of a corpus written by python -m tools.preprocess_data")
     splits = ("train",) if config.training.eval_interval is None else ("train", "valid")
     check_data(config.data, config.batch.seq_length, config.model.vocab_size, splits=splits)
+    if not config.data.eod_flags:
+        needed = "--reset-position-ids, --reset-attention-mask or --eod-mask-loss"
+        refuse_unused(config.data, ("eod_token_id",), needed)
     checkpoint = config.checkpoint.find()
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
@@ -39,8 +43,10 @@ def validate(config: RunConfig) -> None:
         raise RequestError(f"--metrics {config.logging.metrics}: its folder is not writable")
 
 
-def _check_device(config: RunConfig) -> None:
-    if config.kernels.attention_backend in ("flash", "cudnn", "efficient") and not torch.cuda.is_available():
-        raise RequestError(
-            f"--attention-backend {config.kernels.attention_backend} needs a CUDA device: use auto or math here"
-        )
+def _check_kernels(config: RunConfig) -> None:
+    """What torch would refuse only at the first step."""
+    backend = config.kernels.attention_backend
+    if backend in ("cudnn", "efficient") and not torch.cuda.is_available():
+        raise RequestError(f"--attention-backend {backend} needs a CUDA device: use auto, flash or math here")
+    if backend == "flash" and config.data.reset_attention_mask:
+        raise RequestError("--attention-backend flash cannot mask documents (--reset-attention-mask): use auto")

@@ -3,7 +3,7 @@
 import dataclasses
 
 from megatron_ext.errors import RequestError
-from megatron_ext.option import option
+from megatron_ext.option import option, refuse_unused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +62,18 @@ class ModelConfig:
             raise RequestError(
                 f"--num-query-groups {self.kv_heads} does not divide --num-attention-heads {self.num_attention_heads}"
             )
+        if self.rope_scaling == "none":
+            refuse_unused(self, ("rope_scaling_factor",), "--rope-scaling linear or llama3")
         if self.head_dim % 2:
             raise RequestError(f"head size {self.head_dim} is odd, and rotary embedding turns pairs: use an even one")
+
+    def validate_length(self, seq_length: int) -> None:
+        """Raise RequestError where sequences are longer than the model is meant for."""
+        if seq_length > self.max_position_embeddings:
+            raise RequestError(
+                f"--seq-length {seq_length} is longer than --max-position-embeddings {self.max_position_embeddings}: "
+                "raise the latter too if the model is to learn it"
+            )
 
     def validate_tensor_parallel(self, tp: int, sequence_parallel: bool, seq_length: int) -> None:
         """Raise RequestError where `tp` ranks cannot share this model's layers evenly."""

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from megatron_ext.errors import RequestError
-from megatron_ext.option import option
+from megatron_ext.option import option, refuse_unused
 
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 WSD_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
@@ -41,7 +41,9 @@ class OptimizerConfig:
         end = self.lr_decay_iters or train_iters
         if self.lr_warmup_iters > end:
             raise RequestError(f"--lr-warmup-iters {self.lr_warmup_iters} is beyond the end of the decay ({end})")
-        if self.lr_decay_style == "WSD":
+        if self.lr_decay_style != "WSD":
+            refuse_unused(self, ("lr_wsd_decay_style", "lr_wsd_decay_iters"), "--lr-decay-style WSD")
+        else:
             if self.lr_wsd_decay_iters is None:
                 raise RequestError("--lr-decay-style WSD needs --lr-wsd-decay-iters")
             if self.lr_wsd_decay_iters > end - self.lr_warmup_iters:
@@ -64,6 +66,9 @@ class PrecisionConfig:
     hysteresis: int = option(2, "fp16: overflows before the scale begins to halve")
 
     def validate(self) -> None:
+        if not self.fp16:
+            scaling = ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+            refuse_unused(self, scaling, "--fp16")
         if self.bf16 and self.fp16:
             raise RequestError("--bf16 and --fp16 exclude each other")
         if (self.bf16 or self.fp16) and self.params_dtype != "float32":

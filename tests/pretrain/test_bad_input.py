@@ -85,6 +85,16 @@ FLAGS: list[tuple[str, dict[str, Any], int]] = [
     ("--zero-shard-size 3 does not divide the data-parallel size 4", {"zero_shard_size": 3}, 4),
     ("--zero-shard-size 0 does not divide", {"zero_shard_size": 0}, 4),
     ("--zero-stage 4: must be one of 0, 1, 2, 3", {"zero_stage": 4}, 1),
+    # what would be accepted and ignored
+    ("--zero-shard-size 2 has no effect without --zero-stage 1", {"zero_shard_size": 2, "zero_stage": 0}, 4),
+    ("--rope-scaling-factor 8.0 has no effect without --rope-scaling", {"rope_scaling_factor": 8}, 1),
+    ("--loss-scale 128.0 has no effect without --fp16", {"loss_scale": 128}, 1),
+    ("--hysteresis 4 has no effect without --fp16", {"hysteresis": 4, "bf16": True}, 1),
+    ("--lr-wsd-decay-iters 5 has no effect without --lr-decay-style WSD", {"lr_wsd_decay_iters": 5}, 1),
+    ("--eval-iters 3 has no effect without --eval-interval", {"eval_iters": 3}, 1),
+    ("--eod-token-id 2 has no effect without --reset-position-ids", {"eod_token_id": 2}, 1),
+    ("--seq-length 4096 is longer than --max-position-embeddings 2048", {"seq_length": 4096}, 1),
+    ("--attention-backend flash cannot mask", {"attention_backend": "flash", "reset_attention_mask": True}, 1),
     (
         "--hidden-size 36 is not divisible by the 8 ranks that --zero-stage 3 shards over",
         {"hidden_size": 36, "num_attention_heads": 2, TP: 2, "zero_stage": 3},
@@ -186,7 +196,7 @@ FLAGS: list[tuple[str, dict[str, Any], int]] = [
     ("--tokenizer-model c.bin is not a SentencePiece model", {"tokenizer_model": "c.bin", "vocab_size": None}, 1),
     ("--split a,b: give up to three", {"split": "a,b"}, 1),
     ("--split 1 leaves no sample of 16 tokens for the valid split", {"split": "1", "eval_interval": 5}, 1),
-    ("too few for one sample of --seq-length 100000", {"seq_length": 100000}, 1),
+    ("too few for one sample of --seq-length 100000", {"seq_length": 100000, "max_position_embeddings": 100000}, 1),
     ("--num-workers -1: give 0 or more", {"num_workers": -1}, 1),
     ("--reset-position-ids: which token ends a document?", {"reset_position_ids": True}, 1),
     # a checkpoint
