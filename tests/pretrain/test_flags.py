@@ -15,6 +15,8 @@ from pretrain.flags import all_flags, build_parser, parse, read_yaml, resolve, t
 from pretrain.megatron_flags import ADVICE
 from tests.pretrain.support import MODEL, command
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture
 def yaml(tmp_path: Path):
@@ -150,3 +152,21 @@ def test_shape_by_flags() -> None:
     assert {name: getattr(model, name) for name in MODEL} == MODEL
     with pytest.raises(RequestError, match=r"^--ffn-hidden-size missing: give them, or --model"):
         parse(command(ffn_hidden_size=None))
+
+
+@pytest.mark.parametrize("page", ["docs/flags.md", "docs/zh/flags.md"])
+def test_the_documentation_knows_every_flag_and_its_default(page: str) -> None:
+    rows = [line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if line.startswith("| `--")]
+    documented = {row.split("`")[1].removeprefix("--").replace("-", "_"): row for row in rows}
+    flags = all_flags()
+    assert set(documented) >= set(flags)
+    for name, flag in flags.items():
+        if flag.kind in (int, float) and flag.default is not None:
+            assert any(_is_number(word, flag.default) for word in documented[name].split("`")), name
+
+
+def _is_number(word: str, value: float) -> bool:
+    try:
+        return float(word.replace(",", "")) == value
+    except ValueError:
+        return False
