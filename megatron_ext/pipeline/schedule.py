@@ -1,12 +1,8 @@
-"""Running one batch through the stages: torch's schedules over stages whose data parallelism is ours."""
+"""Running one batch through the stages, in the order of one of torch's schedules."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     Schedule1F1B,
     ScheduleDualPipeV,
@@ -20,6 +16,7 @@ from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models import Decoder
 from megatron_ext.pipeline.forward_only import forward_only
 from megatron_ext.pipeline.layout import StageLayout
+from megatron_ext.pipeline.stage import Stage
 from megatron_ext.zero import DataParallel
 
 _SCHEDULE_CLASSES: dict[str, Any] = {
@@ -32,79 +29,6 @@ _SCHEDULE_CLASSES: dict[str, Any] = {
 }
 
 Batch = dict[str, torch.Tensor]
-
-
-class _Opaque(nn.Module):
-    """Hides that the stage is an FSDP module: torch's schedules would gather and reduce whole stages themselves."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.module(*args, **kwargs)
-
-
-class _Stage(PipelineStage):
-    """A stage that tells its data parallelism about every backward pass, whole or in halves.
-
-    room(device): an uninitialised tensor for what a neighbour hands over for one microbatch. torch keeps such room
-    for every microbatch of a step; here it exists from the receive to the backward pass, so that 1F1B holds as many
-    as it has microbatches in flight.
-    """
-
-    def __init__(self, data_parallel: DataParallel, room: Callable[[torch.device], torch.Tensor], **kwargs: Any):
-        super().__init__(submodule=_Opaque(data_parallel.module), **kwargs)
-        self.data_parallel, self.room = data_parallel, room
-
-    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False) -> Any:
-        self.data_parallel.before_backward(backward_type, last_backward)
-        result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        self.data_parallel.after_backward(backward_type, last_backward)
-        return result
-
-    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        """Nothing left to do: gradients were reduced as the ZeRO stage says, and the loss carries the scale."""
-
-    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
-        result = super()._prepare_forward_infra(*args, **kwargs)
-        for infos in self.args_recv_info.values():
-            self._give_back(infos)
-        return result
-
-    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
-        result = super()._prepare_backward_infra(*args, **kwargs)
-        for infos in self.grad_recv_info.values():
-            self._give_back(infos)
-        return result
-
-    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        for info in _received(self.args_recv_info[fwd_chunk_id]):
-            info.buffer = self.room(self.device).requires_grad_(self.has_backward)
-        return super().get_fwd_recv_ops(fwd_chunk_id)
-
-    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        for info in _received(self.grad_recv_info.get(bwd_chunk_id, ())):
-            info.buffer = self.room(self.device)
-        return super().get_bwd_recv_ops(bwd_chunk_id)
-
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
-        self._give_back(self.args_recv_info[bwd_chunk_id])
-        self._give_back(self.grad_recv_info.get(bwd_chunk_id, ()))
-
-    def _give_back(self, infos: Sequence[Any]) -> None:
-        for info in _received(infos):
-            info.buffer = torch.empty(0, device=self.device)
-
-    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        """torch 2.11 greets its neighbours before the first batch; gloo cannot send to itself (V-shaped schedules)."""
-        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
-
-
-def _received(infos: Sequence[Any]) -> list[Any]:
-    """Of torch's notes on a stage's inputs, those that come from another stage."""
-    return [info for info in infos if getattr(info, "buffer", None) is not None]
 
 
 class Pipeline:
@@ -156,11 +80,11 @@ class Pipeline:
             self._micro_batch_size, length, decoder.config.hidden_size, dtype=decoder.dtype, device=device
         )
 
-    def _stage(self, index: int, data_parallel: DataParallel) -> _Stage:
+    def _stage(self, index: int, data_parallel: DataParallel) -> Stage:
         decoder: Decoder = data_parallel.decoder
         ids = torch.empty(self._micro_batch_size, self._seq_length, dtype=torch.int64, device="meta")
         loss = torch.empty(1, dtype=torch.promote_types(decoder.dtype, torch.float32), device="meta")
-        return _Stage(
+        return Stage(
             data_parallel=data_parallel,
             room=self._hidden,
             stage_index=index,
