@@ -206,7 +206,7 @@ def test_half_precision_stays_close_to_float32(pool: Pool, reference: Reference,
     case = HALF_LAYOUTS[name]
     config = tiny(**case.options)
     expected = reference(config)
-    precision = PrecisionConfig(bf16=half == "bf16", fp16=half == "fp16", initial_loss_scale=2.0**10)
+    precision = PrecisionConfig(fp16=True, initial_loss_scale=2.0**10) if half == "fp16" else PrecisionConfig(bf16=True)
     runs = pool.run(train, case.ranks, dataclasses.replace(config, precision=precision))
     loss = max(worst(run.losses, expected.losses) for run in runs)
     norm = max(worst(run.norms, expected.norms) for run in runs)

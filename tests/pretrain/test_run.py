@@ -112,7 +112,7 @@ def test_validation_loss_is_the_same_at_every_layout(pool: Pool, corpus: str, do
 
 
 def test_evaluation_leaves_no_trace_in_training(pool: Pool, corpus: str, done: Path, tmp_path: Path) -> None:
-    flags = everything(tmp_path, corpus) | {"eval_interval": None, "tensorboard_dir": None}
+    flags = everything(tmp_path, corpus) | {"eval_interval": None, "eval_iters": None, "tensorboard_dir": None}
     pool.run(train, 1, command(**flags | {"wandb_project": None, "wandb_save_dir": None}))
     assert curve(tmp_path / "m.jsonl") == curve(done / "m.jsonl")
     assert_equal(stored(tmp_path / "save/iter_0000006"), stored(done / "save/iter_0000006"))
