@@ -1,7 +1,6 @@
 """Text to token ids: the tokenizer, one chunk, and many chunks in several processes."""
 
 import array
-import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -191,10 +190,8 @@ def encode_all(chunks: Iterator[Chunk], encoder: Encoder, recipe: Recipe, worker
     if workers == 1:
         yield from (encode_chunk(chunk, encoder, recipe) for chunk in chunks)
         return
-    pool: list[_Worker] = []
+    pool = [_Worker(recipe) for _ in range(workers)]
     try:
-        with _interrupts_deferred():
-            pool += [_Worker(recipe) for _ in range(workers)]
         # Chunk i goes to worker i modulo N and its answer is fetched from there: order without reordering.
         waiting: deque[_Worker] = deque()
         for number, chunk in enumerate(chunks):
@@ -207,21 +204,6 @@ def encode_all(chunks: Iterator[Chunk], encoder: Encoder, recipe: Recipe, worker
     finally:
         for worker in pool:
             worker.stop()
-
-
-@contextlib.contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Raise a KeyboardInterrupt after the block: one that arrives inside fork's own hooks would be lost."""
-    seen: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, lambda received, _: seen.append(received)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if seen:
-        raise KeyboardInterrupt
 
 
 class _Worker:
