@@ -215,9 +215,13 @@ def test_interruption_leaves_nothing(model: Path, tmp_path: Path, number: signal
     command = ["-m", "tools.preprocess_data", "--input", "-", "--tokenizer-model", model]
     command += ["--output-prefix", tmp_path / "out", "--workers", "2"]
     process = subprocess.Popen(
-        [sys.executable, *map(str, command)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+        [sys.executable, *map(str, command)],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
         start_new_session=True,
-    )  # fmt: skip
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    )
     assert process.stdin
     assert process.stderr
     process.stdin.write(b'{"text": "x"}\n' * 60000)
