@@ -99,10 +99,6 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def rank_from_environment() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def local_device() -> torch.device:
     """This rank's device: its own GPU where there are any, else the CPU."""
     if torch.cuda.is_available():

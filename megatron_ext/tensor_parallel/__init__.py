@@ -13,7 +13,7 @@ from megatron_ext.tensor_parallel.layers import (
     VocabParallelEmbedding,
     column_parallel,
 )
-from megatron_ext.tensor_parallel.storage import distribute_parameters, parameter_shard_dim, tp_shard_range
+from megatron_ext.tensor_parallel.storage import distribute_parameters, tp_shard_range
 
 __all__ = [
     "ColumnParallelLinear",
@@ -23,7 +23,6 @@ __all__ = [
     "VocabParallelEmbedding",
     "column_parallel",
     "distribute_parameters",
-    "parameter_shard_dim",
     "tp_shard_range",
     "vocab_parallel_cross_entropy",
 ]

@@ -17,8 +17,8 @@ from megatron_ext.tensor_parallel.storage import local, tp_shard_range
 class ColumnParallelLinear(nn.Module):
     """y = x W^T + b with the output features cut over tp. Call through `column_parallel`.
 
-    `replicated=True` keeps the whole weight on every rank and uses only `rows` of it: for key and value heads
-    that are fewer than the ranks. Its gradient is then a sum over the ranks that share a head.
+    With `rows` every rank keeps the whole weight and uses only those: for key and value heads that are fewer than
+    the ranks. Its gradient is then a sum over the ranks.
     """
 
     def __init__(
