@@ -1,6 +1,7 @@
 """The composition: one decoder, cut and sharded in a fixed order, and its optimizer step.
 
-    stages (pp) -> tensor parallelism -> ZeRO -> storage -> initial weights -> pipeline schedule -> optimizer
+    stages (pp) -> adapters, freezing -> tensor parallelism -> ZeRO -> storage -> initial weights
+        -> pipeline schedule -> optimizer
 
 A step runs every microbatch, makes one collective of three scalars, and updates. It never waits for the device.
 """
@@ -14,11 +15,11 @@ from torch import nn
 from megatron_ext.errors import RequestError
 from megatron_ext.kernels import KernelConfig, load_kernels
 from megatron_ext.mesh import ParallelConfig, ProcessGrid
-from megatron_ext.models import Decoder, ModelConfig, initialize_weights
-from megatron_ext.optim import LossScaler, Optimizer, OptimizerConfig, PrecisionConfig
+from megatron_ext.models import Decoder, ModelConfig, initialize_weights, parameter_shapes
+from megatron_ext.optim import LossScaler, Optimizer, OptimizerConfig, PrecisionConfig, TrainableConfig
 from megatron_ext.option import option, refuse_unused
 from megatron_ext.pipeline import SCHEDULES, Pipeline, PipelineConfig, TiedEmbedding, plan_stages
-from megatron_ext.tensor_parallel import TensorParallel, distribute_parameters
+from megatron_ext.tensor_parallel import LoraConfig, TensorParallel, add_adapters, distribute_parameters
 from megatron_ext.zero import DataParallel, ZeroConfig
 
 Batch = dict[str, torch.Tensor]
@@ -67,6 +68,8 @@ class EngineConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     kernels: KernelConfig = dataclasses.field(default_factory=KernelConfig)
     recompute: RecomputeConfig = dataclasses.field(default_factory=RecomputeConfig)
+    trainable: TrainableConfig = dataclasses.field(default_factory=TrainableConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     seed: int = 1234
 
     def validate(self, world_size: int) -> "EngineConfig":
@@ -81,12 +84,25 @@ class EngineConfig:
         self.model.validate_tensor_parallel(tp, self.parallel.sequence_parallel, batch.seq_length)
         self.zero.validate(self.model, tp, self.parallel.zero_shard_size or dp)
         self.precision.validate()
+        self._validate_trainable()
         load_kernels(self.kernels)
         pp = self.parallel.pipeline_model_parallel_size
         layout = plan_stages(self.pipeline, self.model, pp, batch.microbatches(dp))
         if tp > 1 and layout.schedule in SCHEDULES and SCHEDULES[layout.schedule].splits_backward:
             _require_split_backward(layout.schedule)
         return dataclasses.replace(self, batch=batch)
+
+    def _validate_trainable(self) -> None:
+        if self.adapters is None:
+            refuse_unused(self.lora, tuple(f.name for f in dataclasses.fields(self.lora)), "--train-only lora")
+        else:
+            self.adapters.validate()
+        self.trainable.validate(self.model.vocab_size, self.model.tied, parameter_shapes(self.model, self.adapters))
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """The adapters that the model has, if any."""
+        return self.lora if self.trainable.train_only == "lora" else None
 
 
 def _require_split_backward(schedule: str) -> None:
@@ -112,7 +128,9 @@ class Engine:
             self.layout, self.stages, grid, n_microbatches, config.batch.micro_batch_size, config.batch.seq_length
         )
         self.parameters = self._named_parameters()
-        self.optimizer = Optimizer(config.optimizer, self.parameters, grid, uncounted=self.copies())
+        self.optimizer = Optimizer(
+            config.optimizer, self.parameters, grid, uncounted=self.copies(), first_row=config.trainable.first_row
+        )
         self.loss_scaler = LossScaler(config.precision, grid.device)
 
     def _build_stage(self, index: int) -> DataParallel:
@@ -126,6 +144,9 @@ class Engine:
                 config.precision.compute,
                 config.recompute.recompute_granularity,
             ).to(config.precision.stored)
+            if config.adapters is not None:
+                add_adapters(decoder, config.adapters)
+        config.trainable.freeze(decoder, config.model.tied)
         distribute_parameters(decoder, grid.mesh["tp"])
         stage = DataParallel(decoder, grid, config.zero.zero_stage)
         decoder.to_empty(device=grid.device)

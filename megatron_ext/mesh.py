@@ -86,6 +86,11 @@ class ProcessGrid:
         return self.rank("dp_replicate") * self.size("dp_shard") + self.rank("dp_shard")
 
     @property
+    def random_stream(self) -> int:
+        """Which random numbers a rank draws: those of a tensor-parallel group draw the same, for they drop alike."""
+        return self.mesh.get_rank() // self.size("tp")
+
+    @property
     def describe(self) -> str:
         """'PP 2 x DP 2 x TP 2', with the two data-parallel axes named where both are in use."""
         dp = str(self.dp_size)

@@ -9,9 +9,11 @@ from megatron_ext.errors import RequestError
 from megatron_ext.kernels import KernelConfig
 from megatron_ext.mesh import ParallelConfig
 from megatron_ext.models import ModelConfig
-from megatron_ext.optim import OptimizerConfig, PrecisionConfig
+from megatron_ext.models.expand import METHODS
+from megatron_ext.optim import OptimizerConfig, PrecisionConfig, TrainableConfig
 from megatron_ext.option import option, refuse_unused
 from megatron_ext.pipeline import PipelineConfig
+from megatron_ext.tensor_parallel import LoraConfig
 from megatron_ext.zero import ZeroConfig
 from pretrain.data import DataConfig
 
@@ -44,6 +46,13 @@ class CheckpointConfig:
     save_interval: int | None = option(None, "iterations between checkpoints (default: only at the end)")
     async_save: bool = option(False, "write checkpoints in the background")
     finetune: bool = option(False, "take only the weights from --load, and start at iteration 0")
+    embedding_init: str | None = option(
+        None, "--load has a smaller vocabulary: how the rows of the tokenizer's new pieces begin", choices=METHODS
+    )
+    base_tokenizer_model: str | None = option(
+        None, "SentencePiece model of the checkpoint, which --tokenizer-model extends", metavar="FILE"
+    )
+    embedding_norm_correction: bool = option(False, "scale new rows to the mean norm of the old ones")
 
     def validate(self) -> None:
         if self.save is None:
@@ -54,10 +63,28 @@ class CheckpointConfig:
             raise RequestError(f"--save-interval {self.save_interval}: must be at least 1")
         if self.finetune and self.load is None:
             raise RequestError("--finetune needs --load")
+        self._validate_resize()
         if self.save is not None and has_checkpoints(self.save) and not self.continues_in_place:
             raise RequestError(
                 f"--save {self.save} holds checkpoints of another run: continue it with --load {self.save}, "
                 "or choose another folder"
+            )
+
+    def _validate_resize(self) -> None:
+        if self.embedding_init is None:
+            refuse_unused(self, ("base_tokenizer_model", "embedding_norm_correction"), "--embedding-init")
+            return
+        if not self.finetune:
+            raise RequestError(
+                f"--embedding-init {self.embedding_init} needs --load and --finetune: optimizer states and the place "
+                "in the data belong to the old vocabulary and cannot go on"
+            )
+        if self.continues_in_place:
+            raise RequestError(f"--save {self.save}: with --embedding-init choose another folder than --load's")
+        if self.base_tokenizer_model is None:
+            raise RequestError(
+                f"--embedding-init {self.embedding_init} needs --base-tokenizer-model: the tokenizer that the "
+                "checkpoint was trained with"
             )
 
     @property
@@ -113,6 +140,8 @@ class RunConfig:
     optimizer: OptimizerConfig
     kernels: KernelConfig
     recompute: RecomputeConfig
+    trainable: TrainableConfig
+    lora: LoraConfig
     data: DataConfig
     training: TrainingConfig
     checkpoint: CheckpointConfig

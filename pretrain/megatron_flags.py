@@ -52,8 +52,6 @@ ADVICE = {
     "context-parallel-size": "not built",
     "expert-model-parallel-size": "not built: there are no expert models",
     "fp8-format": "not built",
-    "train-only": "not built yet",
-    "base-vocab-size": "not built yet",
     "deepspeed": "use --zero-stage",
     "deepspeed_config": "not built yet: use --zero-stage",
     "log-throughput": _ALWAYS,

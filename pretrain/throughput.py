@@ -4,9 +4,11 @@ import resource
 
 import torch
 
+from megatron_ext.engine import EngineConfig
 from megatron_ext.mesh import ProcessGrid
-from megatron_ext.models import ModelConfig
+from megatron_ext.models import parameter_shapes
 from megatron_ext.models.count import flops_per_token
+from megatron_ext.optim.trainable import select, trained_in_products
 
 # dense bf16 peak in TFLOP/s by a part of the device's name; sources: the vendors' datasheets
 _PEAK_TFLOPS = {
@@ -36,13 +38,16 @@ def peak_tflops(device: torch.device) -> float | None:
 class Throughput:
     """Figures of a step from the seconds it took."""
 
-    def __init__(
-        self, model: ModelConfig, seq_length: int, tokens_per_step: int, grid: ProcessGrid, peak: float | None
-    ):
+    def __init__(self, config: EngineConfig, grid: ProcessGrid, peak: float | None):
+        batch, shapes = config.batch, parameter_shapes(config.model, config.adapters)
+        trained = trained_in_products(select(config.trainable, shapes), config.model.tied)
+        adapters = sum(shape.numel() for name, shape in shapes.items() if ".lora." in name)
         self._flops = {
-            name: flops_per_token(model, seq_length, causal) for name, causal in (("full", False), ("causal", True))
+            name: flops_per_token(config.model, batch.seq_length, causal, trained, adapters)
+            for name, causal in (("full", False), ("causal", True))
         }
-        self._tokens, self._grid = tokens_per_step, grid
+        assert batch.global_batch_size is not None
+        self._tokens, self._grid = batch.global_batch_size * batch.seq_length, grid
         self._peak = peak if peak is not None else peak_tflops(grid.device)
 
     def figures(self, seconds: float) -> dict[str, float | None]:

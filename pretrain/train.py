@@ -12,12 +12,14 @@ from megatron_ext.checkpoint.directory import write_text
 from megatron_ext.checkpoint.load import layout_of
 from megatron_ext.engine import Engine
 from megatron_ext.mesh import ProcessGrid, build_grid
-from megatron_ext.models.count import parameters
+from megatron_ext.models import parameter_shapes
 from megatron_ext.optim import learning_rate
+from megatron_ext.optim.trainable import describe, select
 from pretrain.config import RunConfig
 from pretrain.data import build_data
 from pretrain.flags import to_yaml
 from pretrain.logs import Console, Log, open_logs, trim_metrics
+from pretrain.resize import plan_expansion
 from pretrain.results import ResultQueue, StepResult
 from pretrain.stop import StopRequest
 from pretrain.throughput import Throughput
@@ -28,7 +30,7 @@ Batch = dict[str, torch.Tensor]
 def run(config: RunConfig, device: torch.device) -> None:
     """Train as `config` (validated) says. Every rank calls it, with torch.distributed initialised."""
     grid = build_grid(config.parallel, device)
-    torch.manual_seed(config.training.seed + dist.get_rank())
+    torch.manual_seed(config.training.seed + grid.random_stream)
     trainer = Trainer(config, grid)
     with StopRequest() as stop:
         trainer.train(stop)
@@ -61,9 +63,7 @@ class Trainer:
         save = config.checkpoint.save
         self.writer = CheckpointWriter(save, self.engine, config.checkpoint.async_save) if save is not None else None
         self.saved_at = self.iteration if self.iteration and config.checkpoint.continues_in_place else None
-        self.throughput = Throughput(
-            config.model, batch.seq_length, self.batch_size * batch.seq_length, grid, config.logging.peak_tflops
-        )
+        self.throughput = Throughput(self.engine.config, grid, config.logging.peak_tflops)
         self.results = ResultQueue(grid.device)
         self.console, self.logs = self._open_logs()
         self._describe()
@@ -74,7 +74,7 @@ class Trainer:
         checkpoint = options.find()
         if checkpoint is None:
             return 0, 0
-        manifest = load_checkpoint(self.engine, checkpoint, weights_only=options.finetune)
+        manifest = load_checkpoint(self.engine, checkpoint, options.finetune, plan_expansion(self.config))
         return (0, 0) if options.finetune else (manifest.iteration, manifest.consumed_samples)
 
     def _open_logs(self) -> tuple[Console | None, list[Log]]:
@@ -93,12 +93,16 @@ class Trainer:
         if self.console is None:
             return
         model, layout = self.config.model, self.engine.layout
+        selections = select(self.config.trainable, parameter_shapes(model, self.engine.config.adapters))
+        total = sum(s.trained + s.frozen for s in selections)
         self.console.say(
-            f" {parameters(model):,} parameters, vocabulary {model.vocab_size} | {self.grid.describe} | "
+            f" {total:,} parameters, vocabulary {model.vocab_size} | {self.grid.describe} | "
             f"ZeRO-{self.config.zero.zero_stage} | {self.engine.pipeline.n_microbatches} microbatches of "
             f"{self.config.batch.micro_batch_size} x {self.config.batch.seq_length} tokens per rank | "
             f"compute in {str(self.config.precision.compute).removeprefix('torch.')} on {self.grid.device.type}"
         )
+        for line in describe(selections):
+            self.console.say(f" {line}")
         if len(layout.stages) > 1:
             cut = " | ".join(
                 f"stage {i} (rank {rank}): layers {stage.first}-{stage.last - 1}"
@@ -187,6 +191,8 @@ class Trainer:
             model=dataclasses.asdict(self.config.model),
             layout=layout_of(self.grid),
             has_optimizer=True,
+            trainable=dataclasses.asdict(self.config.trainable),
+            lora=None if self.engine.config.adapters is None else dataclasses.asdict(self.engine.config.adapters),
         )
         self.writer.save(manifest, {"run.yaml": self.resolved})
         self.saved_at = self.iteration

@@ -5,12 +5,14 @@ import os
 import torch
 
 from megatron_ext.checkpoint import check_compatible, read_manifest
+from megatron_ext.checkpoint.compatible import check_trained
 from megatron_ext.checkpoint.save import check_writable
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import world_size_from_environment
 from megatron_ext.option import refuse_unused
 from pretrain.config import RunConfig
 from pretrain.data import check_data
+from pretrain.resize import plan_expansion
 
 
 def validate(config: RunConfig) -> None:
@@ -32,7 +34,8 @@ def validate(config: RunConfig) -> None:
     checkpoint = config.checkpoint.find()
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
-        check_compatible(manifest, config.model, checkpoint)
+        check_compatible(manifest, config.model, checkpoint, plan_expansion(config))
+        check_trained(manifest, config.engine(), checkpoint, config.checkpoint.finetune)
     if config.checkpoint.save is not None:
         check_writable(config.checkpoint.save)
     for name in ("tensorboard_dir", "wandb_save_dir"):

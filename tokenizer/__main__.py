@@ -1,6 +1,11 @@
-"""`python -m tokenizer {train,merge}`. Exit codes: 0 done, 2 the request is wrong (one line says how)."""
+"""`python -m tokenizer {train,merge,audit,compare}`.
+
+Exit codes: 0 done, 1 an audit with --strict found something, 2 the request is wrong (one line says how).
+"""
 
 import argparse
+import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +13,18 @@ from typing import NoReturn
 
 import sentencepiece
 
+from tokenizer import audit_report, compare_report
+from tokenizer.audit import audit
+from tokenizer.compare import compare
 from tokenizer.errors import TokenizerError
-from tokenizer.files import read_model, refuse_existing, write_files
+from tokenizer.files import check_outputs, read_model, refuse_existing, write_files
 from tokenizer.huggingface import huggingface_files
+from tokenizer.load import open_tokenizer
 from tokenizer.merge import MODES, merge_chinese_llama
+from tokenizer.picture import draw, require_matplotlib
 from tokenizer.train import train
+
+_TOKENIZER = "a SentencePiece model, a tokenizer.json, or a directory with one"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,18 +65,42 @@ def parser() -> argparse.ArgumentParser:
                       "transformers needs to load it")  # fmt: skip
     both.add_argument("--mode", choices=MODES, default=MODES[0], help="the rule (default: as Chinese-LLaMA's)")
 
-    for command in (new, both):
+    checks = commands.add_parser("audit", allow_abbrev=False, help="what is wrong with a tokenizer")
+    checks.add_argument("--tokenizer", required=True, type=Path, metavar="T", help=f"the one to examine: {_TOKENIZER}")
+    checks.add_argument("--base", type=Path, metavar="B", help="what it extends: finds lost pieces and changed lines")
+    checks.add_argument(
+        "--input", nargs="+", default=[], type=Path, metavar="FILE", help="text to try it on, as train's"
+    )
+    checks.add_argument("--strict", action="store_true", help="exit with 1 if anything is found")
+
+    sizes = commands.add_parser("compare", allow_abbrev=False, help="how long texts become with several tokenizers")
+    sizes.add_argument(
+        "--tokenizer",
+        nargs="+",
+        action="extend",
+        required=True,
+        type=Path,
+        metavar="T",
+        help=f"may be repeated; the first is what the others are measured against: {_TOKENIZER}",
+    )
+    sizes.add_argument("--input", nargs="+", required=True, type=Path, metavar="FILE", help="the texts, as train's")
+    sizes.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the figures; .png or .svg")
+
+    for command in (checks, sizes):
+        command.add_argument("--json-key", default="text", metavar="KEY", help="where the text is (default: text)")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the figures for programs")
+        command.add_argument("--markdown", type=Path, metavar="FILE", help="write the report as a page")
+        command.add_argument("--quiet", action="store_true", help="no progress bar")
+    for command in (new, both, checks, sizes):
         command.add_argument("--overwrite", action="store_true", help="replace existing files")
     return flags
 
 
-def run_train(args: argparse.Namespace) -> str:
-    """Train and write a model; gives the closing line."""
+def run_train(args: argparse.Namespace) -> int:
+    """Train and write a model; gives the exit code."""
     if args.output.suffix != ".model":
         raise TokenizerError(f"--output {args.output}: the name must end in .model")
-    if not args.output.parent.is_dir():
-        raise TokenizerError(f"--output {args.output}: the directory {args.output.parent} does not exist")
-    refuse_existing("--output", [args.output], args.overwrite)
+    check_outputs({"--output": args.output}, args.overwrite)
     content = train(
         args.input,
         args.vocab_size,
@@ -76,11 +112,12 @@ def run_train(args: argparse.Namespace) -> str:
     )
     pieces = sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size()
     write_files("--output", {args.output: content})
-    return f"{args.output}: {args.model_type} model of {pieces:,} pieces"
+    print(f"{args.output}: {args.model_type} model of {pieces:,} pieces")
+    return 0
 
 
-def run_merge(args: argparse.Namespace) -> str:
-    """Merge two models and write the directory; gives the closing line."""
+def run_merge(args: argparse.Namespace) -> int:
+    """Merge two models and write the directory; gives the exit code."""
     base, extra = read_model("--base", args.base), read_model("--extra", args.extra)
     merged = merge_chinese_llama(base, extra)
     # The configuration comes last: only then does the directory look like a tokenizer to transformers.
@@ -92,25 +129,75 @@ def run_merge(args: argparse.Namespace) -> str:
     except OSError as error:
         raise TokenizerError(f"--output {args.output}: cannot make this directory: {error.strerror}") from None
     write_files("--output", files)
-    return (
+    print(
         f"{args.output}: {len(merged.proto.pieces):,} pieces = {merged.base:,} of the base + {merged.extra:,} of the "
         f"extra model - {merged.duplicates:,} that both have ({merged.added:,} new)"
     )
+    return 0
+
+
+def run_audit(args: argparse.Namespace) -> int:
+    """Print and write what is wrong with a tokenizer; gives the exit code."""
+    outputs = _outputs(args)
+    result = audit(args.tokenizer, args.base, args.input, args.json_key, args.quiet)
+    contents = {
+        "--json": lambda: _json(audit_report.as_json(result)),
+        "--markdown": lambda: audit_report.as_markdown(result).encode(),
+    }
+    write_files(", ".join(outputs), {path: contents[flag]() for flag, path in outputs.items()})
+    print(audit_report.as_text(result))
+    return 1 if args.strict and result.has_warnings else 0
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Print, write and draw how long texts become; gives the exit code."""
+    outputs = _outputs(args)
+    suffix = args.picture.suffix.lstrip(".") if args.picture else ""
+    if args.picture:
+        if suffix not in ("png", "svg"):
+            raise TokenizerError(f"--picture {args.picture}: the name must end in .png or .svg")
+        require_matplotlib()
+    tokenizers = [open_tokenizer("--tokenizer", path) for path in args.tokenizer]
+    records = compare(tokenizers, args.input, args.json_key, args.quiet)
+    contents = {
+        "--json": lambda: _json(records),
+        "--markdown": lambda: compare_report.as_markdown(records).encode(),
+        "--picture": lambda: draw(records, suffix),
+    }
+    write_files(", ".join(outputs), {path: contents[flag]() for flag, path in outputs.items()})
+    print(compare_report.as_text(records))
+    return 0
+
+
+def _outputs(args: argparse.Namespace) -> dict[str, Path]:
+    """The flags that name a file to write, checked."""
+    named = {f"--{name}": getattr(args, name, None) for name in ("json", "markdown", "picture")}
+    outputs = {flag: path for flag, path in named.items() if path}
+    check_outputs(outputs, args.overwrite)
+    sources = {path.resolve() for path in args.input}
+    for flag, path in outputs.items():
+        if path.resolve() in sources:
+            raise TokenizerError(f"{flag} {path} would write over --input; choose another name")
+    return outputs
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; gives its exit code."""
     try:
         args = parser().parse_args(argv)
-        print({"train": run_train, "merge": run_merge}[args.command](args))
+        return {"train": run_train, "merge": run_merge, "audit": run_audit, "compare": run_compare}[args.command](args)
     except TokenizerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # head may end before a report does
     sys.exit(main())

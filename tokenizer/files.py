@@ -1,40 +1,76 @@
 """Reading text and models, and writing results that are complete or absent."""
 
+import io
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+from tqdm import tqdm
 
 from tokenizer.errors import TokenizerError
+from tokenizer.load import find, read_bytes
+from tokenizer.tokenizer_json import is_json, why_not_a_model
 
 
 def read_model(flag: str, path: Path) -> ModelProto:
-    """Parse a SentencePiece model.
+    """Parse a SentencePiece model: a `.model`, or a directory with a tokenizer.model.
 
     Raises:
-        TokenizerError: it cannot be read, or is something else.
+        TokenizerError: it cannot be read, is cut off, or is something else; of a tokenizer.json the message says
+            why it cannot stand in for a model.
     """
+    file = find(flag, path)
+    content = read_bytes(flag, file)
+    if is_json(file, content):
+        raise TokenizerError(f"{flag} {file} {why_not_a_model(content)}")
     try:
-        proto = ModelProto.FromString(path.read_bytes())
-    except OSError as error:
-        raise TokenizerError(f"{flag} {path}: cannot read it: {error.strerror}") from None
+        proto = ModelProto.FromString(content)
     except Exception:  # protobuf's DecodeError, whose module differs between its implementations
         proto = ModelProto()
     if not proto.pieces:
-        raise TokenizerError(f"{flag} {path} is not a SentencePiece model")
+        raise TokenizerError(f"{flag} {file} is not a SentencePiece model")
+    if not proto.HasField("trainer_spec"):  # follows the pieces: a cut between two fields parses well
+        raise TokenizerError(f"{flag} {file}: the end of this SentencePiece model is missing; copy it again")
     return proto
 
 
-def read_documents(paths: Sequence[Path], key: str, advance: Callable[[int], object]) -> Iterator[str]:
+def reading(flag: str, paths: Sequence[Path], quiet: bool) -> tqdm:
+    """A progress bar over the bytes of `paths`, to be told of each that was read.
+
+    Raises:
+        TokenizerError: one of them is not a file.
+    """
+    missing = next((path for path in paths if not path.is_file()), None)
+    if missing:
+        raise TokenizerError(f"{flag} {missing} is not a file")
+    total = sum(path.stat().st_size for path in paths)
+    return tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=quiet, file=sys.stderr)
+
+
+def read_lines(
+    paths: Sequence[Path], key: str, advance: Callable[[int], object], flag: str = "--input"
+) -> Iterator[str]:
+    """The lines of `read_documents` that are not blank, without their line ends; arguments as there."""
+    for document in read_documents(paths, key, advance, flag):
+        for line in io.StringIO(document, newline=None):
+            if not line.isspace():
+                yield line.rstrip("\n")
+
+
+def read_documents(
+    paths: Sequence[Path], key: str, advance: Callable[[int], object], flag: str = "--input"
+) -> Iterator[str]:
     """The documents of JSON lines files (`.jsonl`, `.json`) and the lines of any other file.
 
     Args:
         paths: files in UTF-8.
         key: of the text in a JSON line.
         advance: told how many bytes were read since the last call.
+        flag: that named the files.
 
     Raises:
         TokenizerError: a file cannot be read; the message says file:line.
@@ -45,11 +81,11 @@ def read_documents(paths: Sequence[Path], key: str, advance: Callable[[int], obj
             with path.open("rb") as file:
                 for number, line in enumerate(file, start=1):
                     advance(len(line))
-                    yield _text(line, f"{path}:{number}", key) if json_lines else line.decode("utf-8-sig")
+                    yield _text(line, f"{flag} {path}:{number}", key) if json_lines else line.decode("utf-8-sig")
         except OSError as error:
-            raise TokenizerError(f"--input {path}: cannot read it: {error.strerror}") from None
+            raise TokenizerError(f"{flag} {path}: cannot read it: {error.strerror}") from None
         except UnicodeError:
-            raise TokenizerError(f"--input {path}:{number}: not valid UTF-8") from None
+            raise TokenizerError(f"{flag} {path}:{number}: not valid UTF-8") from None
 
 
 def _text(line: bytes, where: str, key: str) -> str:
@@ -60,9 +96,10 @@ def _text(line: bytes, where: str, key: str) -> str:
     except UnicodeError:
         raise
     except ValueError as error:
-        raise TokenizerError(f"--input {where}: not JSON: {error}") from None
+        raise TokenizerError(f"{where}: not JSON: {error}") from None
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
-        raise TokenizerError(f"--input {where}: no text under the key {key!r}; name another with --json-key")
+        raise TokenizerError(f"{where}: no text under the key {key!r}; name another with --json-key")
+    record[key].encode()  # refuses the lone surrogates that JSON lets through
     return record[key]
 
 
@@ -73,6 +110,21 @@ def refuse_existing(flag: str, paths: Sequence[Path], overwrite: bool) -> None:
             raise TokenizerError(f"{flag}: {path} exists; choose another place, or add --overwrite")
         if path.is_dir():
             raise TokenizerError(f"{flag}: {path} is a directory")
+
+
+def check_outputs(outputs: Mapping[str, Path], overwrite: bool) -> None:
+    """Refuse files that cannot be written, by the flags that name them.
+
+    Raises:
+        TokenizerError: a directory is missing, two flags name one file, or one exists and may not be replaced.
+    """
+    flags: dict[Path, str] = {}
+    for flag, path in outputs.items():
+        if not path.parent.is_dir():
+            raise TokenizerError(f"{flag} {path}: the directory {path.parent} does not exist")
+        if (other := flags.setdefault(path.resolve(), flag)) != flag:
+            raise TokenizerError(f"{flag} {path} is the file of {other} too; give it another name")
+        refuse_existing(flag, [path], overwrite)
 
 
 def write_files(flag: str, contents: Mapping[Path, bytes]) -> None:

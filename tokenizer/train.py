@@ -2,7 +2,6 @@
 
 import io
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from tokenizer.errors import TokenizerError
-from tokenizer.files import read_documents
+from tokenizer.files import read_documents, reading
 
 # The trainer keeps positions within a sentence in 16 bits and leaves out, silently, what is longer than
 # max_sentence_length: long lines are cut instead.
@@ -46,13 +45,9 @@ def train(
     """
     if not 0.98 <= character_coverage <= 1:
         raise TokenizerError(f"--character-coverage {character_coverage}: give 0.98 to 1")
-    missing = next((path for path in inputs if not path.is_file()), None)
-    if missing:
-        raise TokenizerError(f"--input {missing} is not a file")
-    total = sum(path.stat().st_size for path in inputs)
     model = io.BytesIO()
     failure: list[TokenizerError] = []
-    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=quiet, file=sys.stderr) as bar:
+    with reading("--input", inputs, quiet) as bar:
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_sentences(inputs, json_key, bar, failure),

@@ -2,8 +2,17 @@
 
     --from native --to hf      a checkpoint of `pretrain --save` -> config.json, safetensors, tokenizer files
     --from hf --to native      the reverse; continue with `pretrain --load DIR --finetune`
+    --from X --to X            the same form again in another --dtype, or with a larger vocabulary
 
-The result appears under its name only when it is whole. Exit codes: 0 done, 2 the request is wrong.
+    --base-tokenizer OLD --tokenizer NEW --embedding-init METHOD      on any of these ways: rows for NEW's pieces
+        mean-subtoken      mean of the rows of the old pieces that a new one was before
+        weighted-subtoken  the same, each counted by the characters that it stood for
+        mean-normal        mean of all old rows with a little noise of their covariance, as transformers draws it
+        mean               mean of all old rows
+        random             as a model's weights start
+
+The result appears under its name only when it is whole; memory holds one file of it at most (a piece, to native).
+Exit codes: 0 done, 2 the request is wrong.
 """
 
 import argparse
@@ -14,18 +23,21 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ext.checkpoint import Manifest, find_checkpoint, read_manifest
-from megatron_ext.checkpoint.directory import partial_path, publish
-from megatron_ext.checkpoint.read import WeightReader, write_weights
 from megatron_ext.errors import RequestError
-from megatron_ext.models import ModelConfig
-from megatron_ext.models.decoder import whole_model
+from megatron_ext.models.expand import METHODS
 from tools.command import Parser, run
-from tools.conversion import hf_folder, llama
+from tools.conversion import tokenizer_files
+from tools.conversion.hf_folder import open_hf, write_hf
+from tools.conversion.native import open_native, write_native
+from tools.conversion.resize import Resized, resize, write_report
+from tools.conversion.source import CastWeights, Source, WatchedWeights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHARD_GB = 5.0
+_SEED = 1234
 
 
 def build_parser() -> Parser:
@@ -34,84 +46,92 @@ def build_parser() -> Parser:
     parser.add_argument("--to", dest="target", choices=("native", "hf"), required=True)
     parser.add_argument("--input", required=True, metavar="DIR", help="a checkpoint, or a folder with a `latest` one")
     parser.add_argument("--output", required=True, metavar="DIR", help="must not exist yet")
-    parser.add_argument("--tokenizer", metavar="DIR|FILE", help="to hf: tokenizer files to put beside the weights")
+    parser.add_argument("--tokenizer", metavar="DIR|FILE", help="of the result; to hf: its files go beside the weights")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), help="of the written weights (default: as stored)")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="to hf: size of a safetensors file")
+    parser.add_argument("--max-shard-gb", type=float, help=f"to hf: size of a safetensors file (default: {_SHARD_GB})")
+    parser.add_argument("--embedding-init", choices=METHODS, help="how the rows of new pieces begin")
+    parser.add_argument("--base-tokenizer", metavar="DIR|FILE", help="of the input, which --tokenizer extends")
+    parser.add_argument(
+        "--embedding-norm-correction", action="store_true", help="scale new rows to the mean norm of the old ones"
+    )
+    parser.add_argument("--seed", type=int, help=f"of all noise in new rows (default: {_SEED}, as pretrain's)")
     return parser
 
 
 def work(options: argparse.Namespace) -> int:
-    if options.source == options.target:
-        raise RequestError(f"--from {options.source} --to {options.target}: nothing to convert")
+    _check_flags(options)
     output = Path(options.output)
     if output.exists():
         raise RequestError(f"--output {output} exists already: remove it or choose another name")
     if not output.resolve().parent.is_dir():
         raise RequestError(f"--output {output}: {output.resolve().parent} is not a directory")
-    dtype = _DTYPES.get(options.dtype)
-    if options.target == "hf":
-        native_to_hf(options.input, output, dtype, options.tokenizer, int(options.max_shard_gb * 1e9))
-    else:
-        hf_to_native(Path(options.input), output, dtype)
+    source = open_native(Path(options.input)) if options.source == "native" else open_hf(Path(options.input))
+    if options.dtype is not None:
+        source = dataclasses.replace(source, weights=CastWeights(source.weights, _DTYPES[options.dtype]))
+    resized = _resize(source, options) if options.embedding_init is not None else None
+    if resized is not None:
+        source = resized.source
+    if options.tokenizer is not None:
+        tokenizer = Path(options.tokenizer)
+        ids = tokenizer_files.token_ids(tokenizer_files.read(tokenizer, source.model.vocab_size))
+        source = dataclasses.replace(source, tokenizer=tokenizer, token_ids=ids)
+    with _appearing(output) as folder:
+        _write(source, folder, options)
+        if resized is not None:
+            write_report(resized.report(), folder)
     print(f"wrote {output}")
     return 0
 
 
-def native_to_hf(source: str, output: Path, dtype: torch.dtype | None, tokenizer: str | None, shard_bytes: int) -> None:
-    """Convert a native checkpoint, at most a shard's weights in memory at a time."""
-    checkpoint = find_checkpoint(source)
-    model = ModelConfig(**read_manifest(checkpoint).model)
-    config = llama.to_hf_config(model)
-    reader = WeightReader(checkpoint)
-    order = _check_names(set(reader.shapes), model, str(checkpoint))
-    stored = next(iter(reader.dtypes.values()))
-    config["dtype"] = config["torch_dtype"] = str(dtype or stored).removeprefix("torch.")
-    names = {llama.to_hf_name(name): name for name in order}
-    sizes = {theirs: reader.shapes[ours].numel() * (dtype or stored).itemsize for theirs, ours in names.items()}
-    progress = tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="weights")
-
-    def read(wanted: list[str]) -> dict[str, torch.Tensor]:
-        tensors = reader.read(names[name] for name in wanted)
-        progress.update(sum(sizes[name] for name in wanted))
-        return {name: tensors[names[name]].to(dtype or stored).contiguous() for name in wanted}
-
-    with _appearing(output) as folder:
-        hf_folder.write_model(folder, config, sizes, read, shard_bytes)
-        if tokenizer is not None:
-            hf_folder.copy_tokenizer(Path(tokenizer), folder)
-    progress.close()
-
-
-def hf_to_native(source: Path, output: Path, dtype: torch.dtype | None) -> None:
-    """Convert a Hugging Face LLaMA into a folder that `pretrain --load` takes."""
-    model = llama.from_hf_config(hf_folder.read_config(source))
-    weights = {}
-    for name, tensor in tqdm(hf_folder.read_weights(source), desc="weights", unit=" tensors"):
-        ours = llama.from_hf_name(name)
-        if not (model.tied and ours == "lm_head.weight"):
-            weights[ours] = tensor.to(dtype or torch.float32)
-    _check_names(set(weights), model, str(source))
-    expected = whole_model(model).state_dict()
-    for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
-            raise RequestError(
-                f"--input {source}: {llama.to_hf_name(name)} is {tuple(tensor.shape)}, "
-                f"config.json asks for {tuple(expected[name].shape)}"
-            )
-    manifest = Manifest(0, 0, 0, dataclasses.asdict(model), {"source": "hugging face"}, has_optimizer=False)
-    with _appearing(output) as folder:
-        partial_path(folder, 0).mkdir()
-        write_weights(partial_path(folder, 0), weights)
-        publish(folder, manifest)
+def _check_flags(options: argparse.Namespace) -> None:
+    """Raise RequestError for flags that contradict each other or would be ignored."""
+    way = f"--from {options.source} --to {options.target}"
+    if options.source == options.target and options.dtype is None and options.embedding_init is None:
+        raise RequestError(f"{way}: nothing to convert without --dtype or --embedding-init")
+    if options.target == "native" and options.max_shard_gb is not None:
+        raise RequestError("--max-shard-gb has no effect with --to native")
+    if options.max_shard_gb is not None and not options.max_shard_gb > 0:
+        raise RequestError(f"--max-shard-gb {options.max_shard_gb}: must be above 0")
+    if options.embedding_init is None:
+        for name in ("base_tokenizer", "embedding_norm_correction", "seed"):
+            if getattr(options, name) not in (None, False):
+                raise RequestError(f"--{name.replace('_', '-')} has no effect without --embedding-init")
+        if options.target == "native" and options.tokenizer is not None:
+            raise RequestError("--tokenizer has no effect with --to native unless --embedding-init is given")
+        return
+    for name, what in (("base_tokenizer", "that the model has"), ("tokenizer", "that it is to have")):
+        if getattr(options, name) is None:
+            flag = name.replace("_", "-")
+            raise RequestError(f"--embedding-init {options.embedding_init} needs --{flag}: the tokenizer {what}")
+    if options.seed is not None and not 0 <= options.seed < 2**32:
+        raise RequestError(f"--seed {options.seed}: must be from 0 to 2**32 - 1")
 
 
-def _check_names(found: set[str], model: ModelConfig, source: str) -> list[str]:
-    """Every parameter of the model there, none left over. Returns the names in the model's order."""
-    wanted = [name for name, _ in whole_model(model).named_parameters()]
-    for problem, names in (("lacks", set(wanted) - found), ("has an unknown", found - set(wanted))):
-        if names:
-            raise RequestError(f"--input {source}: {problem} weight {min(names)} ({len(names)} in all)")
-    return wanted
+def _resize(source: Source, options: argparse.Namespace) -> Resized:
+    return resize(
+        source,
+        Path(options.base_tokenizer),
+        Path(options.tokenizer),
+        options.embedding_init,
+        options.embedding_norm_correction,
+        _SEED if options.seed is None else options.seed,
+    )
+
+
+def _write(source: Source, folder: Path, options: argparse.Namespace) -> None:
+    watched = WatchedWeights(source.weights)
+    source = dataclasses.replace(source, weights=watched)
+    try:
+        with watched.bar:
+            if options.target == "native":
+                write_native(source, folder)
+                return
+            write_hf(source, folder, int((options.max_shard_gb or _SHARD_GB) * 1e9))
+        if source.tokenizer is not None:
+            tokenizer_files.copy(source.tokenizer, folder)
+    except (OSError, SafetensorError, CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise RequestError(f"--output {options.output}: cannot be written ({reason})") from error
 
 
 class _appearing:

@@ -17,7 +17,11 @@ MANIFEST = "manifest.json"
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself. files: size in bytes of every other file in it."""
+    """What a checkpoint says of itself.
+
+    trainable: fields of the TrainableConfig with which it was trained. lora: fields of its adapters' LoraConfig, None
+    where there are none. files: size in bytes of every other file in it.
+    """
 
     iteration: int
     consumed_samples: int
@@ -25,6 +29,8 @@ class Manifest:
     model: dict[str, Any]
     layout: dict[str, Any]
     has_optimizer: bool
+    trainable: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
     files: dict[str, int] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

@@ -7,9 +7,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from megatron_ext.checkpoint.compatible import check_trained
 from megatron_ext.checkpoint.directory import Manifest, read_manifest
+from megatron_ext.checkpoint.read import WeightReader
+from megatron_ext.checkpoint.resize import VOCABULARY_MATRICES, ResizedWeights
 from megatron_ext.checkpoint.state import (
+    MODEL,
+    State,
     apply_optimizer_state,
     fill_copies,
     model_state,
@@ -22,9 +29,15 @@ from megatron_ext.engine import Engine
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models import ModelConfig
+from megatron_ext.models.expand import Expansion
 
 # fields that change no stored tensor: a checkpoint may be continued with other values of these
 _FREE_FIELDS = frozenset({"init_method_std", "max_position_embeddings", "norm_epsilon"})
+_VOCABULARY_KEYS = {MODEL + name for name in VOCABULARY_MATRICES}
+_RESIZE_REMEDY = (
+    "; to give a larger vocabulary's rows values, add --finetune --embedding-init METHOD --base-tokenizer-model OLD, "
+    "or convert the checkpoint first with tools.convert_checkpoint --embedding-init METHOD"
+)
 
 
 def layout_of(grid: ProcessGrid) -> dict[str, int]:
@@ -33,43 +46,76 @@ def layout_of(grid: ProcessGrid) -> dict[str, int]:
     }
 
 
-def check_compatible(manifest: Manifest, model: ModelConfig, checkpoint: Path) -> None:
-    """Raise RequestError naming the first field in which the checkpoint's model is another one."""
+def check_compatible(
+    manifest: Manifest, model: ModelConfig, checkpoint: Path, expansion: Expansion | None = None
+) -> None:
+    """Raise RequestError naming the first field in which the checkpoint's model is another one.
+
+    expansion: how the checkpoint's vocabulary is to grow to the model's.
+    """
     stored_model = dataclasses.asdict(ModelConfig(**manifest.model).resolved())
+    if expansion is not None:
+        expansion.check_vocabulary(stored_model["vocab_size"], f"--load {checkpoint}")
+        stored_model["vocab_size"] = expansion.new_size
     for name, wanted in dataclasses.asdict(model.resolved()).items():
         stored = stored_model[name]
         if name not in _FREE_FIELDS and stored != wanted and not name.startswith(("rope", "rotary")):
+            remedy = _RESIZE_REMEDY if name == "vocab_size" and stored < wanted else ""
             raise RequestError(
                 f"--load {checkpoint}: its model has {name} {stored}, the run asks for {wanted} "
-                f"(--{name.replace('_', '-')})"
+                f"(--{name.replace('_', '-')}){remedy}"
             )
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path, weights_only: bool = False) -> Manifest:
+def load_checkpoint(
+    engine: Engine, checkpoint: Path, weights_only: bool = False, expansion: Expansion | None = None
+) -> Manifest:
     """Fill the engine's weights and, unless `weights_only` or absent, optimizer, loss scale and random state.
 
     Bitwise: every element is the one that was written, whatever layout wrote it. Collective.
+
+    expansion: the checkpoint has a smaller vocabulary, which grows like this (with `weights_only`).
     """
+    assert expansion is None or weights_only
     manifest = read_manifest(checkpoint)
-    check_compatible(manifest, engine.config.model, checkpoint)
+    check_compatible(manifest, engine.config.model, checkpoint, expansion)
+    check_trained(manifest, engine.config, checkpoint, weights_only)
     engine.optimizer.zero_grad()
     with_optimizer = manifest.has_optimizer and not weights_only
     state = model_state(engine, for_saving=False)
+    if manifest.lora is None:  # new adapters keep their initial values, with which they change nothing
+        state = {key: value for key, value in state.items() if ".lora." not in key}
     if with_optimizer:
         state |= optimizer_state(engine, for_saving=False)
+    resized = {key: state.pop(key) for key in _VOCABULARY_KEYS & state.keys()} if expansion is not None else {}
     same_layout = manifest.layout == layout_of(engine.grid)
     if with_optimizer and same_layout:
         state[random_key()] = random_state(engine)
     try:
         dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint), process_group=dist.new_group(backend="gloo"))
+        if expansion is not None:
+            progress = engine.grid.mesh.get_rank() == 0
+            _fill_resized(resized, ResizedWeights(WeightReader(checkpoint), expansion, progress))
     except (Exception, CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise RequestError(f"--load {checkpoint}: cannot be read ({reason})") from error
-    fill_copies(engine)
     if with_optimizer:
         apply_optimizer_state(engine, state)
+    fill_copies(engine)
     if with_optimizer and same_layout:
         set_random_state(engine, state[random_key()])
     else:  # another layout has other ranks: draw anew, from the seed and the place in the run
-        torch.manual_seed(engine.config.seed + manifest.iteration * engine.grid.world_size + dist.get_rank())
+        torch.manual_seed(engine.config.seed + manifest.iteration * engine.grid.world_size + engine.grid.random_stream)
     return manifest
+
+
+@torch.no_grad()
+def _fill_resized(state: State, weights: ResizedWeights) -> None:
+    """Fill this rank's parts of the matrices whose rows follow the vocabulary, keyed as in a checkpoint."""
+    for key, stored in state.items():
+        assert isinstance(stored, DTensor)
+        local = stored.to_local()
+        _, offset = compute_local_shape_and_global_offset(stored.shape, stored.device_mesh, stored.placements)
+        if local.numel() > 0:
+            rows = weights.read_rows(key.removeprefix(MODEL), offset[0], offset[0] + local.shape[0])
+            local.copy_(rows[:, offset[1] : offset[1] + local.shape[1]])

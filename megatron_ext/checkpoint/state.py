@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.engine import Engine
+from megatron_ext.optim.optimizer import MOMENTS
 
 State = dict[str, torch.Tensor]
 
@@ -55,14 +56,16 @@ def fill_copies(engine: Engine) -> None:
     for name in _left_out(engine, for_saving=False):
         engine.parameters[name].copy_(engine.parameters[EMBEDDING])
         if name in engine.optimizer.params:
-            source = engine.optimizer.moments(EMBEDDING)
-            for moment, value in engine.optimizer.moments(name).items():
-                value.copy_(source[moment])
+            engine.optimizer.set_moments(name, dict(engine.optimizer.moments(EMBEDDING)))
 
 
 def apply_optimizer_state(engine: Engine, state: State) -> None:
-    """Give back the parts of `optimizer_state` that are not loaded in place."""
+    """Give the optimizer what was loaded."""
     engine.optimizer.set_step_count(state[STEPS])
+    for name in engine.optimizer.params:
+        if name not in _left_out(engine, for_saving=False):
+            key = checkpoint_name_of(engine, name)
+            engine.optimizer.set_moments(name, {moment: state[f"{OPTIMIZER}{moment}.{key}"] for moment in MOMENTS})
     engine.loss_scaler.state = state[LOSS_SCALER]
 
 

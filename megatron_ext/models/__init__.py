@@ -1,8 +1,8 @@
 """Decoders: their shapes, code, initial weights and operation counts."""
 
 from megatron_ext.models.config import ModelConfig
-from megatron_ext.models.decoder import Decoder, StageSpec
+from megatron_ext.models.decoder import Decoder, StageSpec, parameter_shapes
 from megatron_ext.models.initialize import initialize_weights
 from megatron_ext.models.presets import preset, preset_names
 
-__all__ = ["Decoder", "ModelConfig", "StageSpec", "initialize_weights", "preset", "preset_names"]
+__all__ = ["Decoder", "ModelConfig", "StageSpec", "initialize_weights", "parameter_shapes", "preset", "preset_names"]

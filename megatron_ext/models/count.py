@@ -30,8 +30,15 @@ def parameters(config: ModelConfig) -> int:
     return vocabulary + config.num_layers * parameters_per_layer(config) + config.hidden_size
 
 
-def flops_per_token(config: ModelConfig, seq_length: int, causal: bool) -> float:
-    """Operations of forward and backward for one token in a sequence of `seq_length`."""
+def flops_per_token(
+    config: ModelConfig, seq_length: int, causal: bool, trained: int | None = None, adapters: int = 0
+) -> float:
+    """Operations of forward and backward for one token in a sequence of `seq_length`.
+
+    trained: weights in products that get a gradient (default: all; frozen ones cost 4 operations instead of 6, for
+    the gradient still passes through). adapters: weights of adapters, which come on top of the model's.
+    """
     weights = config.num_layers * matmul_parameters_per_layer(config) + config.vocab_size * config.hidden_size
     scores = config.num_layers * 2 * seq_length * config.num_attention_heads * config.head_dim
-    return 3.0 * (2 * weights + 2 * scores * (0.5 if causal else 1.0))
+    trained = weights if trained is None else trained
+    return 4.0 * (weights + adapters) + 2.0 * trained + 6.0 * scores * (0.5 if causal else 1.0)

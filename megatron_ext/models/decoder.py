@@ -16,10 +16,12 @@ from megatron_ext.models.config import ModelConfig
 from megatron_ext.models.rotary import rotate, rotation
 from megatron_ext.tensor_parallel import (
     ColumnParallelLinear,
+    LoraConfig,
     Replicated,
     RowParallelLinear,
     TensorParallel,
     VocabParallelEmbedding,
+    add_adapters,
     column_parallel,
     vocab_parallel_cross_entropy,
 )
@@ -72,7 +74,7 @@ class Attention(nn.Module):
             y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [b, this rank's heads, s, head_dim]
             for y in column_parallel(x, self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.recompute_core and torch.is_grad_enabled():
+        if self.recompute_core and torch.is_grad_enabled():  # no random number is drawn in there
             heads = checkpoint(self._core, q, k, v, rope, mask, use_reentrant=False, preserve_rng_state=False)
         else:
             heads = self._core(q, k, v, rope, mask)
@@ -110,7 +112,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, rope: Rotation, mask: torch.Tensor | None) -> torch.Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._layer, x, rope, mask, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(self._layer, x, rope, mask, use_reentrant=False)
         return self._layer(x, rope, mask)
 
     def _layer(self, x: torch.Tensor, rope: Rotation, mask: torch.Tensor | None) -> torch.Tensor:
@@ -164,6 +166,8 @@ class Decoder(nn.Module):
         """
         if self.stage.has_embedding:
             x = self.embed_tokens(x, self.dtype)
+            if not x.requires_grad and torch.is_grad_enabled() and not self.stage.has_head:
+                x.requires_grad_()  # a schedule hands a gradient back over every boundary, needed or not
         length = x.shape[1] * (self.tp.size if self.tp.sequence_parallel else 1)
         positions = torch.arange(length, device=x.device) if position_ids is None else position_ids
         rope = rotation(self.config, positions, self.dtype)
@@ -186,6 +190,14 @@ def whole_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Deco
     with torch.device("meta"):
         stage = StageSpec(0, config.num_layers, has_embedding=True, has_head=True)
         return Decoder(config, stage, TensorParallel(), load_kernels(KernelConfig()), dtype)
+
+
+def parameter_shapes(config: ModelConfig, adapters: LoraConfig | None = None) -> dict[str, torch.Size]:
+    """Global name -> shape of every parameter, in the model's order; a tied matrix once."""
+    model = whole_model(config)
+    if adapters is not None:
+        add_adapters(model, adapters)
+    return {name: param.shape for name, param in model.named_parameters()}
 
 
 def within_documents(document_ids: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,13 @@ def _block_seed(seed: int, name: str, block: int) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
-def _standard_deviation(name: str, config: ModelConfig) -> float:
-    """Radford et al. 2019 (GPT-2), as in Megatron-LM: what writes to the residual stream starts smaller."""
+def _standard_deviation(name: str, shape: torch.Size, config: ModelConfig) -> float:
+    """Radford et al. 2019 (GPT-2), as in Megatron-LM: what writes to the residual stream starts smaller.
+
+    An adapter's first matrix has the variance of peft's (uniform within 1 / sqrt(in)), its second is zero.
+    """
+    if name.endswith(".lora.a"):
+        return (3 * shape[1]) ** -0.5
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         return config.init_method_std / math.sqrt(2 * config.num_layers)
     return config.init_method_std
@@ -49,14 +54,14 @@ def _normal_slice(shape: torch.Size, offset: tuple[int, ...], local: torch.Tenso
 
 @torch.no_grad()
 def initialize_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Give every parameter of a stage its initial values: norms 1, biases 0, matrices normal.
+    """Give every parameter of a stage its initial values: norms 1, biases 0, matrices normal, adapters no effect.
 
     `model`'s parameters are DTensors with storage (uninitialised). Tied output weights draw the embedding's.
     """
     for name, param in model.named_parameters():
         assert isinstance(param, DTensor)
         local = param.to_local()
-        if name.endswith("bias"):
+        if name.endswith(("bias", ".lora.b")):
             local.zero_()
         elif param.ndim == 1:
             local.fill_(1.0)
@@ -64,4 +69,4 @@ def initialize_weights(model: nn.Module, config: ModelConfig, seed: int) -> None
             _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
             if config.tied and name == "lm_head.weight":
                 name = "embed_tokens.weight"
-            _normal_slice(param.shape, offset, local, _standard_deviation(name, config), name, seed)
+            _normal_slice(param.shape, offset, local, _standard_deviation(name, param.shape, config), name, seed)

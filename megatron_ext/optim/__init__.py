@@ -4,5 +4,6 @@ from megatron_ext.optim.config import OptimizerConfig, PrecisionConfig
 from megatron_ext.optim.loss_scale import LossScaler
 from megatron_ext.optim.optimizer import Optimizer
 from megatron_ext.optim.rate import learning_rate
+from megatron_ext.optim.trainable import TrainableConfig
 
-__all__ = ["LossScaler", "Optimizer", "OptimizerConfig", "PrecisionConfig", "learning_rate"]
+__all__ = ["LossScaler", "Optimizer", "OptimizerConfig", "PrecisionConfig", "TrainableConfig", "learning_rate"]

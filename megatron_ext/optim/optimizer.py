@@ -1,10 +1,12 @@
 """AdamW on this rank's shards, with clipping by the norm of the whole model's gradient."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.optim.config import OptimizerConfig
@@ -16,8 +18,9 @@ class Optimizer:
     """Fused AdamW over the local parts of sharded parameters.
 
     named: this rank's parameters by name (DTensors with storage); `uncounted`: parameters that stand for ones on
-    another rank and so do not count in the norm. The optimizer works on plain tensors that share the parameters'
-    storage; a rank with nothing trainable has no optimizer but takes part in the norm.
+    another rank and so do not count in the norm; `first_row(name)`: where the trained rows of a parameter begin. The
+    optimizer works on plain tensors that share the parameters' storage, and knows nothing of rows that are not
+    trained: no decay or momentum can touch them. A rank with nothing to train still takes part in the norm.
     """
 
     def __init__(
@@ -26,13 +29,15 @@ class Optimizer:
         named: dict[str, nn.Parameter],
         grid: ProcessGrid,
         uncounted: frozenset[str] = frozenset(),
+        first_row: Callable[[str], int] = lambda name: 0,
     ):
         self.config, self.grid = config, grid
         self.params = {name: p for name, p in named.items() if p.requires_grad}
         self._uncounted = uncounted
         self._counted: list[str] = []
         self._shares = torch.empty(0)
-        self._locals = {name: nn.Parameter(_local(p), requires_grad=True) for name, p in self.params.items()}
+        self._skipped = {name: _rows_before(p, first_row(name)) for name, p in self.params.items()}
+        self._locals = {name: nn.Parameter(self._trained(name, p)) for name, p in self.params.items()}
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, p in self.params.items():
             if self._locals[name].numel():
@@ -59,6 +64,10 @@ class Optimizer:
                 if local.numel():
                     self._adam.state[local] = {"step": self.step_count.clone(), **self._moments[name]}
 
+    def _trained(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a parameter, or of its gradient or moment, without the rows that are not trained."""
+        return _local(tensor)[self._skipped[name] :]
+
     @torch.no_grad()
     def norm_contribution(self) -> torch.Tensor:
         """This rank's share of the squared global gradient norm, float64: the sum over the world is the square.
@@ -68,7 +77,7 @@ class Optimizer:
         counted = [name for name, p in self.params.items() if p.grad is not None and name not in self._uncounted]
         if not counted:
             return torch.zeros((), dtype=torch.float64, device=self.grid.device)
-        norms = torch.stack(torch._foreach_norm([_local(_grad(self.params[name])) for name in counted]))
+        norms = torch.stack(torch._foreach_norm([self._trained(name, _grad(self.params[name])) for name in counted]))
         if counted != self._counted:  # copied to the device once, not every step
             shares = [self._share(name) for name in counted]
             self._counted, self._shares = counted, torch.tensor(shares, dtype=torch.float64, device=norms.device)
@@ -97,7 +106,7 @@ class Optimizer:
             for name, local in self._locals.items():
                 grad = self.params[name].grad
                 if grad is not None and local.numel():
-                    local.grad = _local(grad)
+                    local.grad = self._trained(name, grad)
                     grads.append(local.grad)
             if grads and isinstance(factor, torch.Tensor):
                 torch._foreach_mul_(grads, factor.to(grads[0].dtype))
@@ -115,15 +124,30 @@ class Optimizer:
             self._locals[name].grad = None
 
     def moments(self, name: str) -> dict[str, DTensor]:
-        """exp_avg and exp_avg_sq of a parameter, placed as the parameter is; they share the optimizer's storage."""
+        """exp_avg and exp_avg_sq of a parameter, placed as the parameter is.
+
+        They share the optimizer's storage; where only some rows are trained they are copies, 0 in the others.
+        """
         param = self.params[name]
         assert isinstance(param, DTensor)
+        skipped = self._skipped[name]
         return {
             moment: DTensor.from_local(
-                value, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+                torch.cat([value.new_zeros(skipped, *value.shape[1:]), value]) if skipped else value,
+                param.device_mesh,
+                param.placements,
+                run_check=False,
+                shape=param.shape,
+                stride=param.stride(),
             )
             for moment, value in self._moments[name].items()
         }
+
+    @torch.no_grad()
+    def set_moments(self, name: str, moments: dict[str, torch.Tensor]) -> None:
+        """Take over what was loaded into `moments(name)`."""
+        for moment, value in moments.items():
+            self._moments[name][moment].copy_(self._trained(name, value))
 
     def set_step_count(self, steps: torch.Tensor) -> None:
         self.step_count.copy_(steps)
@@ -135,6 +159,15 @@ class Optimizer:
 def decays(name: str, param: torch.Tensor) -> bool:
     """Weight decay applies to matrices only, as in Megatron-LM: not to norms, not to biases."""
     return param.ndim > 1 and not name.endswith("bias")
+
+
+def _rows_before(param: torch.Tensor, row: int) -> int:
+    """How many rows of this rank's part of a parameter come before the global `row`."""
+    if not row:
+        return 0
+    assert isinstance(param, DTensor)
+    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    return min(max(row - offset[0], 0), shape[0])
 
 
 def _grad(param: nn.Parameter) -> DTensor:

@@ -110,9 +110,10 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """The mean loss of a batch, without gradients; as `forward_backward` returns it."""
-        modules = {index: stage.module for index, stage in self.stages.items()}
+        modules = {index: stage.module.eval() for index, stage in self.stages.items()}
         self._losses += forward_only(modules, self.layout, self._split(batch), self.grid, self._hidden)
         for data_parallel in self.stages.values():
+            data_parallel.module.train()
             data_parallel.reshard()
         return self._take_mean_loss()
 

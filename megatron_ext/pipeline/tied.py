@@ -30,14 +30,14 @@ class TiedEmbedding:
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
-        """Give both copies the sum of their gradients. The ranks of the two stages call it together."""
-        if self.source is not None and self.copy is not None:
+        """Give both copies, unless frozen, the sum of their gradients. The ranks of the two stages call it together."""
+        if self.source is not None and self.copy is not None and self.source.requires_grad:
             total = _local_grad(self.source) + _local_grad(self.copy)
             _local_grad(self.source).copy_(total)
             _local_grad(self.copy).copy_(total)
             return
         mine = self.source if self.source is not None else self.copy
-        if mine is None:
+        if mine is None or not mine.requires_grad:
             return
         grad = _local_grad(mine)
         if grad.numel() == 0:

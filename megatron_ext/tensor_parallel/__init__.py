@@ -13,14 +13,17 @@ from megatron_ext.tensor_parallel.layers import (
     VocabParallelEmbedding,
     column_parallel,
 )
+from megatron_ext.tensor_parallel.lora import LoraConfig, add_adapters
 from megatron_ext.tensor_parallel.storage import distribute_parameters, tp_shard_range
 
 __all__ = [
     "ColumnParallelLinear",
+    "LoraConfig",
     "Replicated",
     "RowParallelLinear",
     "TensorParallel",
     "VocabParallelEmbedding",
+    "add_adapters",
     "column_parallel",
     "distribute_parameters",
     "tp_shard_range",

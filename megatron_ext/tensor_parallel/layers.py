@@ -34,13 +34,17 @@ class ColumnParallelLinear(nn.Module):
         self.rows = rows
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.lora: nn.Module | None = None  # see lora.add_adapters
         self.tp_shard_dims = {"weight": 0, "bias": 0} if rows is None else {}
 
     def local_weight(self, dtype: torch.dtype) -> torch.Tensor:
         return self._local(self.weight, dtype)
 
-    def add_bias(self, y: torch.Tensor) -> torch.Tensor:
-        return y if self.bias is None else y + self._local(self.bias, y.dtype)
+    def complete(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Add to x W^T what else there is: the bias, an adapter."""
+        if self.bias is not None:
+            y = y + self._local(self.bias, y.dtype)
+        return y if self.lora is None else y + self.lora(x)
 
     def _local(self, param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if self.rows is None:
@@ -54,7 +58,7 @@ class ColumnParallelLinear(nn.Module):
 def column_parallel(x: torch.Tensor, *layers: ColumnParallelLinear) -> list[torch.Tensor]:
     """Several column-parallel layers of one input: x is gathered once, its gradient reduced once."""
     outputs = column_parallel_linear(x, [layer.local_weight(x.dtype) for layer in layers], layers[0].tp)
-    return [layer.add_bias(y) for layer, y in zip(layers, outputs, strict=True)]
+    return [layer.complete(y, x) for layer, y in zip(layers, outputs, strict=True)]
 
 
 class RowParallelLinear(nn.Module):
@@ -67,12 +71,13 @@ class RowParallelLinear(nn.Module):
         self.tp = tp
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.lora: nn.Module | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = leave(F.linear(x, local(self.weight, x.dtype)), self.tp)
         if self.bias is not None:  # after the sum, once; under sequence parallelism each rank sees its own tokens
             y = y + local(self.bias, y.dtype, partial_grad=self.tp.sequence_parallel)
-        return y
+        return y if self.lora is None else y + self.lora(x)
 
 
 class VocabParallelEmbedding(nn.Module):

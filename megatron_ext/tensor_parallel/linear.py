@@ -33,7 +33,8 @@ class _ColumnParallelLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, tp: TensorParallel, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.tp = tp
-        ctx.save_for_backward(x, *weights)
+        # frozen weights have no gradient to compute from x
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[2:]) else None, *weights)
         full = gather_sequence(x, tp) if tp.sequence_parallel else x
         return tuple(F.linear(full, w) for w in weights)
 

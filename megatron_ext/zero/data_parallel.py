@@ -132,6 +132,8 @@ class DataParallel:
     def _all_reduce_gradients(self) -> None:
         """ZeRO-0: complete the tensor-parallel sums, then sum over all data-parallel ranks, in large buckets."""
         params = [p for p in self.module.parameters() if p.grad is not None]
+        for p in params:  # a split backward may leave a transposed view, which others read in the order of storage
+            p.grad = _grad(p).contiguous()
         partial = [p for p in params if _grad(p).placements[0].is_partial()]
         if self.grid.size("tp") > 1:
             _all_reduce([_grad(p).to_local() for p in partial], self.grid.mesh["tp"].get_group())

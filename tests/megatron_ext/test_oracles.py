@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from megatron_ext.kernels import KernelConfig, load_kernels
-from megatron_ext.models import Decoder, ModelConfig, StageSpec, preset, preset_names
+from megatron_ext.models import Decoder, ModelConfig, StageSpec, parameter_shapes, preset, preset_names
 from megatron_ext.models.count import flops_per_token, parameters
-from megatron_ext.optim import OptimizerConfig, learning_rate
+from megatron_ext.optim import OptimizerConfig, TrainableConfig, learning_rate
 from megatron_ext.optim.config import DECAY_STYLES, WSD_STYLES
+from megatron_ext.optim.trainable import select, trained_in_products
 from megatron_ext.tensor_parallel import TensorParallel
 from tests.distributed import Pool
 from tests.megatron_ext import megatron_core
@@ -126,6 +127,26 @@ def test_flops_equal_torch_counter(name: str) -> None:
     assert flops_per_token(config, 128, causal=False) * tokens.numel() == expected
     scores = 12 * config.num_layers * 128 * config.num_attention_heads * config.head_dim
     assert flops_per_token(config, 128, causal=False) - flops_per_token(config, 128, causal=True) == scores / 2
+
+
+@pytest.mark.parametrize("output_too", [False, True])
+def test_flops_of_embeddings_alone_equal_torch_counter(output_too: bool) -> None:
+    config = dataclasses.replace(preset("llama2-7b"), num_layers=2)
+    tokens = torch.zeros(3, 128, dtype=torch.int64, device="meta")
+    hf = llama_config(config)
+    hf._attn_implementation = "eager"
+    with torch.device("meta"):
+        model = LlamaForCausalLM(hf)
+    model.requires_grad_(False)
+    model.model.embed_tokens.weight.requires_grad_()
+    model.lm_head.weight.requires_grad_(output_too)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens).logits.sum().backward()
+    rotation = sum(counter.get_flop_counts().get("LlamaForCausalLM.model.rotary_emb", {}).values())
+    trainable = TrainableConfig(train_only="embeddings", train_output_embeddings=output_too)
+    trained = trained_in_products(select(trainable, parameter_shapes(config)), tied=False)
+    found = flops_per_token(config, 128, causal=False, trained=trained) * tokens.numel()
+    assert found == counter.get_total_flops() - rotation
 
 
 @pytest.mark.filterwarnings("ignore:Transformer Engine and Apex are not installed")

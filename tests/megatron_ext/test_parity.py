@@ -7,50 +7,17 @@ and torch.optim.AdamW. Figures are printed: `pytest -rP` shows them.
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ext.engine import Engine, EngineConfig
-from megatron_ext.mesh import build_grid
 from megatron_ext.optim import LossScaler, PrecisionConfig
 from tests.distributed import Pool
 from tests.megatron_ext.hugging_face import llama_like
-from tests.megatron_ext.training import LR, STEPS, Run, global_batch, one_process, tiny, train, whole_parameters, worst
-
-TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
-# Weights are compared absolutely. Where a gradient is near zero, AdamW makes its rounding a step of its own, so that
-# float32 weights agree less well than the loss: to within one step of the twenty.
-WEIGHT_TOLERANCE = {"float64": 1e-9, "float32": LR}
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    ranks: int
-    options: dict[str, Any]
-    documents: bool = False
-
-
-def layout(
-    tp: int = 1,
-    pp: int = 1,
-    dp: int = 1,
-    schedule: str | None = None,
-    zero: int = 0,
-    sp: bool = False,
-    documents: bool = False,
-    **options: Any,
-) -> Layout:
-    options |= {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "sequence_parallel": sp}
-    options |= {"pipeline_schedule": schedule, "zero_stage": zero}
-    # Two microbatches a rank where each costs many small collectives, else four (pipelines want as many).
-    options.setdefault("micro_batch_size", 8 // dp if tp > 1 or dp > 2 else 4 // dp)
-    return Layout(tp * pp * dp, options, documents)
-
+from tests.megatron_ext.layouts import Layout, Reference, assert_parity, layout
+from tests.megatron_ext.training import LR, STEPS, global_batch, initial_weights, tiny, train, worst
 
 TIED: dict[str, Any] = {"untie_embeddings_and_output_weights": False}
 BIASED: dict[str, Any] = {"add_qkv_bias": True, "add_bias_linear": True}
@@ -106,30 +73,6 @@ CASES = [pytest.param(name, "float64") for name in LAYOUTS] + [
     pytest.param(name, "float32", marks=[] if name in FLOAT32_BY_DEFAULT else [pytest.mark.slow]) for name in LAYOUTS
 ]
 
-Reference = Callable[..., Run]
-
-
-@pytest.fixture(scope="module")
-def reference(pool: Pool) -> Reference:
-    """The run of one process, computed once for each model, precision and kind of batch."""
-    runs: dict[Any, Run] = {}
-
-    def run(config: EngineConfig, documents: bool = False) -> Run:
-        key = (one_process(config), documents)
-        if key not in runs:
-            (runs[key],) = pool.run(train, 1, *key)
-        return runs[key]
-
-    return run
-
-
-def assert_same_weights(runs: list[Run], expected: Run, tolerance: float) -> None:
-    assert set().union(*(run.parameters for run in runs)) >= set(expected.parameters)
-    for name, weight in itertools.chain.from_iterable(run.parameters.items() for run in runs):
-        # The copy of a tied matrix that another stage holds must have stayed a copy.
-        original = expected.parameters.get(name, expected.parameters["embed_tokens.weight"])
-        assert (weight - original).abs().max() <= tolerance, name
-
 
 @pytest.mark.parametrize("name, dtype", CASES)
 def test_layout_equals_one_process(pool: Pool, reference: Reference, name: str, dtype: str) -> None:
@@ -137,18 +80,7 @@ def test_layout_equals_one_process(pool: Pool, reference: Reference, name: str, 
     config = tiny(params_dtype=dtype, **case.options)
     expected = reference(config, case.documents)
     runs = pool.run(train, case.ranks, config, case.documents, (0, STEPS // 2))
-
-    loss = max(worst(run.losses, expected.losses) for run in runs)
-    norm = max(worst(run.norms, expected.norms) for run in runs)
-    print(f"{name}, {dtype}: largest relative difference {loss:.1e} (loss), {norm:.1e} (gradient norm)")
-    assert loss <= TOLERANCE[dtype]
-    assert norm <= TOLERANCE[dtype]
-    for run in runs:
-        assert torch.equal(run.losses, runs[0].losses)  # what is reported is one number, not one for each rank
-        assert torch.equal(run.norms, runs[0].norms)
-        for step, evaluated in run.evaluated.items():  # and the evaluation left no trace: see the reference
-            assert evaluated == pytest.approx(run.losses[step].item(), rel=TOLERANCE[dtype])
-    assert_same_weights(runs, expected, WEIGHT_TOLERANCE[dtype])
+    assert_parity(runs, expected, name, dtype)
 
 
 def test_clipping_bites_on_some_steps(reference: Reference) -> None:
@@ -156,10 +88,6 @@ def test_clipping_bites_on_some_steps(reference: Reference) -> None:
     config = tiny(params_dtype="float64")
     clipped = reference(config).norms > config.optimizer.clip_grad
     assert 0 < clipped.sum() < STEPS
-
-
-def initial_weights(config: EngineConfig) -> dict[str, torch.Tensor]:
-    return whole_parameters(Engine(config, build_grid(config.parallel, torch.device("cpu"))))
 
 
 @pytest.mark.parametrize("options", [{}, TIED | {"num_query_groups": 2}, {"weight_decay": 0.0, "clip_grad": 0.0}])

@@ -9,8 +9,9 @@ from torch.distributed.tensor import DTensor
 from megatron_ext.engine import Batch, BatchConfig, Engine, EngineConfig, RecomputeConfig
 from megatron_ext.mesh import ParallelConfig, ProcessGrid, build_grid
 from megatron_ext.models import ModelConfig
-from megatron_ext.optim import OptimizerConfig, PrecisionConfig
+from megatron_ext.optim import OptimizerConfig, PrecisionConfig, TrainableConfig
 from megatron_ext.pipeline import PipelineConfig
+from megatron_ext.tensor_parallel import LoraConfig
 from megatron_ext.zero import ZeroConfig
 
 STEPS = 20
@@ -23,6 +24,8 @@ _PARTS: dict[str, Any] = {
     "precision": PrecisionConfig,
     "optimizer": OptimizerConfig,
     "recompute": RecomputeConfig,
+    "trainable": TrainableConfig,
+    "lora": LoraConfig,
 }
 # Initial weights larger than usual, so that no gradient drowns in Adam's epsilon; a clip that bites on some steps.
 _DEFAULTS: dict[str, Any] = {
@@ -124,6 +127,10 @@ def whole_parameters(engine: Engine) -> dict[str, torch.Tensor]:
         assert isinstance(stored, DTensor)
         whole[name] = stored.full_tensor()
     return whole
+
+
+def initial_weights(config: EngineConfig) -> dict[str, torch.Tensor]:
+    return whole_parameters(Engine(config, build_grid(config.parallel, torch.device("cpu"))))
 
 
 def worst(a: torch.Tensor, b: torch.Tensor) -> float:

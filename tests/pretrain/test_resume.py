@@ -25,6 +25,7 @@ from tests.pretrain.support import assert_equal, command, curve, metrics, start,
 from tests.pretrain.test_data import write_corpus
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+NEW_ROWS = {"train_only": "new-rows", "train_output_embeddings": True, "base_vocab_size": 61}
 Tensors = dict[str, torch.Tensor]
 Named = list[tuple[str, torch.Tensor]]
 
@@ -58,6 +59,8 @@ def interrupted(pool: Pool, ranks: int, folder: Path, **flags: Any) -> None:
         pytest.param(2, {"zero_stage": 2}, id="DP2 ZeRO-2"),
         pytest.param(4, {TP: 2, PP: 2, "sequence_parallel": True}, id="TP2 SP PP2"),
         pytest.param(4, {PP: 2, "pipeline_schedule": "zbv", "zero_stage": 3}, id="PP2 zbv DP2 ZeRO-3"),
+        pytest.param(4, {TP: 2, "zero_stage": 3} | NEW_ROWS, id="TP2 DP2 ZeRO-3, new rows"),
+        pytest.param(4, {TP: 2, PP: 2, "train_only": "lora", "lora_dropout": 0.2}, id="TP2 PP2, LoRA with dropout"),
         pytest.param(1, {"fp16": True, "initial_loss_scale": 2**20, "loss_scale_window": 4}, id="fp16"),
     ],
 )
@@ -85,15 +88,24 @@ def test_real_processes_are_bitwise_too(pool: Pool, corpus: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "first, second",
+    "first, second, only",
     [
-        ((4, {TP: 2, PP: 2}), (2, {"zero_stage": 3})),
-        ((1, {}), (8, {TP: 2, PP: 2, "zero_stage": 2, "sequence_parallel": True})),
+        ((4, {TP: 2, PP: 2}), (2, {"zero_stage": 3}), {}),
+        ((1, {}), (8, {TP: 2, PP: 2, "zero_stage": 2, "sequence_parallel": True}), {}),
+        ((4, {TP: 2, "zero_stage": 2}), (2, {PP: 2, "pipeline_schedule": "zbv"}), NEW_ROWS),
+        ((4, {PP: 2, "zero_stage": 3}), (2, {TP: 2}), {"train_only": "lora", "lora_dropout": 0}),
     ],
-    ids=["TP2 PP2 to DP2 ZeRO-3", "one process to TP2 PP2 DP2 ZeRO-2"],
+    ids=[
+        "TP2 PP2 to DP2 ZeRO-3",
+        "one process to TP2 PP2 DP2 ZeRO-2",
+        "TP2 DP2 ZeRO-2 to PP2 zbv, new rows",
+        "PP2 DP2 ZeRO-3 to TP2, LoRA",
+    ],
 )
-def test_another_layout_continues_the_curve(pool: Pool, corpus: str, tmp_path: Path, first: Any, second: Any) -> None:
-    flags: dict[str, Any] = {"data_path": corpus, "params_dtype": "float64"}
+def test_another_layout_continues_the_curve(
+    pool: Pool, corpus: str, tmp_path: Path, first: Any, second: Any, only: dict[str, Any]
+) -> None:
+    flags: dict[str, Any] = {"data_path": corpus, "params_dtype": "float64"} | only
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     pool.run(train, 1, command(**flags, save=whole, metrics=tmp_path / "whole.jsonl"))
     flags |= {"save": parts, "metrics": tmp_path / "parts.jsonl"}

@@ -182,7 +182,7 @@ def test_bad_merge_requests(models: Path, tmp_path: Path, capsys: pytest.Capture
     assert merge(models, models / "merged", "--overwrite") == 0
 
 
-@pytest.mark.parametrize("command", ["audit", "compare", ""])
+@pytest.mark.parametrize("command", ["split", ""])
 def test_commands_that_do_not_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, *command.split())
 

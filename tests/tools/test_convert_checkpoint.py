@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_ext.checkpoint import find_checkpoint, read_manifest
+from megatron_ext.checkpoint.read import WeightReader
 from tools import check_export, convert_checkpoint
 from tools.command import run
 
@@ -91,6 +93,40 @@ def test_dtype_and_manifest(tmp_path: Path) -> None:
     assert half.dtype == torch.bfloat16
 
 
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+
+
+def test_the_same_form_in_another_dtype(tmp_path: Path) -> None:
+    model = hf_model(tmp_path / "hf", bos_token_id=5, eos_token_id=[6, 7], pad_token_id=8)
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    steps = [("hf", "hf", "hf", "half"), ("hf", "native", "half", "n"), ("native", "native", "n", "n32")]
+    steps.append(("native", "hf", "n32", "back"))
+    for source, target, given, made in steps:
+        names = ("--from", source, "--to", target, "--input", tmp_path / given, "--output", tmp_path / made)
+        dtype = {"half": ("--dtype", "bfloat16"), "n32": ("--dtype", "float32")}.get(made, ())
+        assert convert(*names, *dtype) == 0
+    expected = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    for name, tensor in tensors(tmp_path / "half").items():
+        assert torch.equal(tensor, expected[name])
+    for name, tensor in tensors(tmp_path / "back").items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, expected[name].float())
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [5, [6, 7], 8]
+    assert (tmp_path / "half" / "tokenizer.json").read_text() == "{}"
+    checkpoint = find_checkpoint(tmp_path / "n")
+    assert set(WeightReader(checkpoint).dtypes.values()) == {torch.bfloat16}
+
+
+def test_frequencies_of_the_rotation_are_no_weights(tmp_path: Path) -> None:
+    hf_model(tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    assert convert("--from", "hf", "--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native") == 0
+
+
 def _truncate(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -108,7 +144,7 @@ BROKEN = {
     "another architecture": (lambda f: _edit(f, model_type="gpt2"), "model_type 'gpt2' is not supported"),
     "wrong width": (
         lambda f: _edit(f, hidden_size=64, head_dim=16),
-        "lm_head.weight is (997, 32), config.json asks for (997, 64)",
+        "embed_tokens.weight is (997, 32), config.json asks for (997, 64)",
     ),
     "a layer too many": (lambda f: _edit(f, num_hidden_layers=4), "lacks weight layers.3."),
     "a layer too few": (lambda f: _edit(f, num_hidden_layers=2), "has an unknown weight layers.2."),
@@ -134,10 +170,23 @@ def test_broken_input_is_refused_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+NATIVE = ("--from", "hf", "--to", "native", "--input", "x", "--output", "y")
+HF = ("--from", "native", "--to", "hf", "--input", "x", "--output", "y")
+
+
 def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "there").mkdir()
     requests = {
         ("--from", "hf", "--to", "hf", "--input", "x", "--output", "y"): "nothing to convert",
+        (*NATIVE, "--max-shard-gb", "1"): "--max-shard-gb has no effect with --to native",
+        (*HF, "--max-shard-gb", "0"): "--max-shard-gb 0.0: must be above 0",
+        (*HF, "--base-tokenizer", "t"): "--base-tokenizer has no effect without --embedding-init",
+        (*HF, "--embedding-norm-correction"): "--embedding-norm-correction has no effect without --embedding-init",
+        (*HF, "--seed", "1"): "--seed has no effect without --embedding-init",
+        (*NATIVE, "--tokenizer", "t"): "--tokenizer has no effect with --to native unless --embedding-init is given",
+        (*HF, "--embedding-init", "mean"): "--embedding-init mean needs --base-tokenizer",
+        (*HF, "--embedding-init", "mean", "--base-tokenizer", "t"): "--embedding-init mean needs --tokenizer",
+        (*HF, "--embedding-init", "zero"): "invalid choice",
         ("--from", "hf", "--to", "native", "--input", "x", "--output", tmp_path / "there"): "exists already",
         ("--from", "native", "--to", "hf", "--input", tmp_path / "no", "--output", tmp_path / "y"): "no such directory",
         ("--from", "gguf", "--to", "native", "--input", "x", "--output", "y"): "invalid choice",

@@ -1,8 +1,11 @@
-"""A Hugging Face model folder: config.json, safetensors in shards with an index, tokenizer files."""
+"""A Hugging Face model folder as the source of a conversion, and as its result.
 
+config.json, weights as safetensors in one file or in shards with an index, and tokenizer files.
+"""
+
+import contextlib
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,56 +14,95 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_ext.errors import RequestError
+from megatron_ext.models import parameter_shapes
+from tools.conversion import llama
+from tools.conversion.source import Source, bytes_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def open_hf(folder: Path) -> Source:
+    """The model in `folder`; raises RequestError where a file is missing, broken or of an unknown model."""
+    config = _read_config(folder)
+    model = llama.from_hf_config(config)
+    weights = FolderWeights(folder, left_out={"lm_head.weight"} if model.tied else set())
+    source = Source(model, weights, llama.token_ids(config), tokenizer=folder, origin="hugging face")
+    return source.check(f"--input {folder}", "config.json")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RequestError(f"--input {folder}: config.json cannot be read ({error})") from error
 
 
-def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor by its Hugging Face name, one at a time. RequestError where a shard is missing or broken."""
-    if (folder / INDEX).is_file():
-        try:
-            files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError) as error:
-            raise RequestError(f"--input {folder}: {INDEX} cannot be read ({error})") from error
-    else:
-        files = [SINGLE]
-    for name in files:
-        if not (folder / name).is_file():
-            raise RequestError(f"--input {folder}: {name} is missing")
-        try:
-            with safe_open(folder / name, framework="pt") as shard:
-                for key in shard.keys():  # noqa: SIM118  # safe_open is no mapping
-                    yield key, shard.get_tensor(key)
-        except SafetensorError as error:
-            raise RequestError(f"--input {folder}: {name} is not a whole safetensors file ({error})") from error
+class FolderWeights:
+    """The `Weights` in a folder's safetensors files, by our names.
 
-
-def write_model(
-    folder: Path,
-    config: dict[str, Any],
-    sizes: dict[str, int],
-    read: Callable[[list[str]], dict[str, torch.Tensor]],
-    shard_bytes: int,
-) -> None:
-    """Write config.json and the weights in shards of at most `shard_bytes` (a larger tensor has its own).
-
-    sizes: bytes of every tensor, in the order to write; read(names): those tensors.
+    left_out: ours of those to pass over.
     """
+
+    def __init__(self, folder: Path, left_out: set[str]):
+        self._folder = folder
+        self.shapes: dict[str, torch.Size] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._places: dict[str, tuple[str, str]] = {}
+        for file in _files(folder):
+            with self._open(file) as shard:
+                for key in shard.keys():  # noqa: SIM118  # safe_open is no mapping
+                    name = llama.from_hf_name(key)
+                    if name in left_out or llama.is_derived(name):
+                        continue
+                    part = shard.get_slice(key)
+                    self.shapes[name], self.dtypes[name] = torch.Size(part.get_shape()), part[0:0].dtype
+                    self._places[name] = file, key
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        file, key = self._places[name]
+        with self._open(file) as shard:
+            return shard.get_slice(key)[start:stop]
+
+    @contextlib.contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        if not (self._folder / file).is_file():
+            raise RequestError(f"--input {self._folder}: {file} is missing")
+        try:
+            with safe_open(self._folder / file, framework="pt") as shard:
+                yield shard
+        except SafetensorError as error:
+            raise RequestError(f"--input {self._folder}: {file} is not a whole safetensors file ({error})") from error
+
+
+def _files(folder: Path) -> list[str]:
+    if not (folder / INDEX).is_file():
+        return [SINGLE]
+    try:
+        return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError) as error:
+        raise RequestError(f"--input {folder}: {INDEX} cannot be read ({error})") from error
+
+
+def write_hf(source: Source, folder: Path, shard_bytes: int) -> None:
+    """Write config.json and the weights in files of at most `shard_bytes` (a larger tensor has its own).
+
+    Holds one file's weights at a time.
+    """
+    weights = source.weights
+    config = llama.to_hf_config(source.model) | source.token_ids
+    config["dtype"] = config["torch_dtype"] = str(weights.dtypes["embed_tokens.weight"]).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    sizes = {name: bytes_of(weights, name) for name in parameter_shapes(source.model)}
     shards = _fill_shards(sizes, shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(read(names), folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
+        tensors = {
+            llama.to_hf_name(name): weights.read_rows(name, 0, weights.shapes[name][0]).contiguous() for name in names
+        }
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -76,16 +118,3 @@ def _fill_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         room -= size
     return shards
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Put a tokenizer beside the weights: a folder's tokenizer files, or one tokenizer.model."""
-    if source.is_file():
-        shutil.copyfile(source, folder / "tokenizer.model")
-        return
-    names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    found = [name for name in names if (source / name).is_file()]
-    if not found:
-        raise RequestError(f"--tokenizer {source}: no tokenizer files there")
-    for name in found:
-        shutil.copyfile(source / name, folder / name)

@@ -27,6 +27,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": "rope_high_freq_factor",
     "original_max_position_embeddings": "rope_original_max_position",
 }
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def to_hf_name(name: str) -> str:
@@ -37,8 +38,21 @@ def from_hf_name(name: str) -> str:
     return name.removeprefix("model.")
 
 
+def is_derived(name: str) -> bool:
+    """Not a weight: old folders also store the frequencies of the rotation, which follow from the configuration."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def token_ids(config: dict[str, Any]) -> dict[str, Any]:
+    """Those of config.json's fields that name special tokens; an id, or (of ends) several."""
+    return {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
+
+
 def to_hf_config(model: ModelConfig) -> dict[str, Any]:
-    """config.json of the same model, readable by transformers 4 and 5. Raises RequestError where LLaMA has no word."""
+    """config.json of the same model, readable by transformers 4 and 5, with LLaMA's own ids of special tokens.
+
+    Raises RequestError where LLaMA has no word.
+    """
     if model.add_qkv_bias and not model.add_bias_linear:
         raise RequestError("add_qkv_bias without add_bias_linear: Hugging Face's LLaMA cannot express it")
     values = {"num_query_groups": model.kv_heads, "kv_channels": model.head_dim}

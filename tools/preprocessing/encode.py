@@ -1,44 +1,29 @@
 """Text to token ids: the tokenizer, one chunk, and many chunks in several processes."""
 
 import array
-import hashlib
 import json
 import multiprocessing
 import os
 import queue
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_ext.errors import RequestError
+from tokenizer.errors import TokenizerError
+from tokenizer.interface import Tokenizer
+from tokenizer.load import open_tokenizer
 from tools.preprocessing.documents import Chunk
 
 _IN_FLIGHT = 2  # chunks that wait at each worker: enough to keep it busy, few enough to bound the memory
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """A tokenizer, and what goes around each document.
-
-    Attributes:
-        path: the file that was read.
-        sha256: of that file, in hex.
-        vocab_size: one more than the largest id.
-        bos_id, eos_id: None where the tokenizer has none.
-        encode: text to ids, without special tokens.
-    """
-
-    path: Path
-    sha256: str
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int | None
-    encode: Callable[[str], list[int]]
+class Encoder(Tokenizer):
+    """A tokenizer, and how its tokens are stored."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -78,60 +63,15 @@ class Encoded:
 
 
 def open_encoder(name: str) -> Encoder:
-    """Open a SentencePiece `.model`, a `tokenizer.json`, or a directory with one (the `.model` first).
+    """Open the tokenizer of `--tokenizer-model`, as `tokenizer.load.open_tokenizer` does.
 
     Raises:
-        RequestError: it is missing, or neither of these.
+        RequestError: it is missing, or no tokenizer.
     """
-    path = Path(name)
-    if path.is_dir():
-        found = [path / file for file in ("tokenizer.model", "tokenizer.json") if (path / file).is_file()]
-        if not found:
-            raise RequestError(f"--tokenizer-model {name}: no tokenizer.model or tokenizer.json in this directory")
-        path = found[0]
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"--tokenizer-model {name}: cannot read it: {error.strerror}") from None
-    opener = _open_json if path.suffix == ".json" else _open_sentencepiece
-    return opener(path, content, hashlib.sha256(content).hexdigest())
-
-
-def _open_sentencepiece(path: Path, content: bytes, sha256: str) -> Encoder:
-    import sentencepiece
-
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        size = model.vocab_size()
-    except Exception:  # the library raises bare RuntimeErrors that name its own source lines
-        size = 0
-    if size == 0:
-        raise RequestError(f"--tokenizer-model {path} is not a SentencePiece model")
-    ids = [value if value >= 0 else None for value in (model.bos_id(), model.eos_id())]
-    return Encoder(path, sha256, size, ids[0], ids[1], model.encode)
-
-
-def _open_json(path: Path, content: bytes, sha256: str) -> Encoder:
-    try:
-        import tokenizers
-    except ImportError:
-        raise RequestError(f"--tokenizer-model {path}: a tokenizer.json needs `pip install tokenizers`") from None
-    try:
-        model = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:
-        raise RequestError(f"--tokenizer-model {path} is not a Hugging Face tokenizer.json: {error}") from None
-    model.encode_special_tokens = True  # a "</s>" inside a document is text, not an end of document
-    settings = path.with_name("tokenizer_config.json")
-    names = {"bos_token": "<s>", "eos_token": "</s>"}
-    if settings.is_file():
-        try:
-            given = json.loads(settings.read_bytes())
-            names = {key: token["content"] if isinstance(token := given.get(key), dict) else token for key in names}
-        except (ValueError, AttributeError, KeyError):
-            raise RequestError(f"--tokenizer-model {path}: cannot read {settings}") from None
-    bos, eos = (model.token_to_id(name) if name else None for name in names.values())
-    size = 1 + max(model.get_vocab(with_added_tokens=True).values())
-    return Encoder(path, sha256, size, bos, eos, lambda text: model.encode(text, add_special_tokens=False).ids)
+        return Encoder(**vars(open_tokenizer("--tokenizer-model", name)))
+    except TokenizerError as error:
+        raise RequestError(str(error)) from None
 
 
 def encode_chunk(chunk: Chunk, encoder: Encoder, recipe: Recipe) -> Encoded:

@@ -1,0 +1,80 @@
+"""Writing weights as a native checkpoint's tensors in one process, holding only a small piece of them at a time."""
+
+import math
+import os
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megatron_ext.checkpoint.read import Weights
+from megatron_ext.checkpoint.state import MODEL
+
+# Every weight is stored in pieces of whole rows of about this size: what is written, and later what a reader of a few
+# rows has to hold, stays small.
+_PIECE_BYTES = 64 << 20
+_FILE = "__0_0.distcp"
+
+
+def write_weights(folder: Path, weights: Weights) -> None:
+    """Write all of `weights` into an existing folder, reading them piece by piece."""
+    with warnings.catch_warnings():
+        # torch warns that one process is at work, which is what was asked for
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save({}, storage_writer=_PieceWriter(folder), planner=_PiecePlanner(weights), no_dist=True)
+
+
+class _PiecePlanner(DefaultSavePlanner):
+    """Plans by shapes alone, and reads a piece when it is about to be written."""
+
+    def __init__(self, weights: Weights):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._weights = weights
+
+    def create_local_plan(self) -> SavePlan:
+        items = [item for name in self._weights.shapes for item in self._pieces(name)]
+        return SavePlan(items)
+
+    def _pieces(self, name: str) -> list[WriteItem]:
+        shape, dtype = self._weights.shapes[name], self._weights.dtypes[name]
+        rows = max(1, _PIECE_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
+        items = []
+        for start in range(0, shape[0], rows):
+            offsets = torch.Size([start, *[0] * (len(shape) - 1)])
+            sizes = torch.Size([min(rows, shape[0] - start), *shape[1:]])
+            data = TensorWriteData(ChunkStorageMetadata(offsets, sizes), TensorProperties(dtype), shape)
+            items.append(WriteItem(MetadataIndex(MODEL + name, offsets), WriteItemType.SHARD, tensor_data=data))
+        return items
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        assert write_item.tensor_data is not None
+        piece = write_item.tensor_data.chunk
+        start, rows = piece.offsets[0], piece.sizes[0]
+        return self._weights.read_rows(write_item.index.fqn.removeprefix(MODEL), start, start + rows)
+
+
+class _PieceWriter(dcp.FileSystemWriter):
+    """Writes one piece after the other into one file and keeps none. (torch's own keeps a piece of every tensor.)"""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results = []
+        with open(Path(self.path) / _FILE, "wb") as file:
+            for item in plan.items:
+                tensor = planner.resolve_data(item)
+                assert isinstance(tensor, torch.Tensor)
+                offset = file.tell()
+                torch.save(tensor.clone(memory_format=torch.contiguous_format), file)  # a view would bring all it views
+                length = file.tell() - offset
+                results.append(WriteResult(item.index, length, _StorageInfo(_FILE, offset, length)))
+            file.flush()
+            os.fsync(file.fileno())
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future

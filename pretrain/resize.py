@@ -1,0 +1,44 @@
+"""From the flags to how a loaded checkpoint's vocabulary grows."""
+
+from pathlib import Path
+
+from megatron_ext.errors import RequestError
+from megatron_ext.models.expand import Expansion
+from pretrain.config import RunConfig
+from tokenizer.decompose import decompose
+from tokenizer.errors import TokenizerError
+
+
+def plan_expansion(config: RunConfig) -> Expansion | None:
+    """How `--embedding-init` lets the vocabulary of `--load` grow, None without that flag.
+
+    Reads the two tokenizers; `config.checkpoint` is validated.
+
+    Raises:
+        RequestError: the tokenizers do not fit together, or the model's vocabulary is not the new one's.
+    """
+    options, tokenizer = config.checkpoint, config.data.tokenizer_model
+    if options.embedding_init is None:
+        return None
+    assert options.base_tokenizer_model is not None
+    if tokenizer is None:
+        raise RequestError(f"--embedding-init {options.embedding_init} needs --tokenizer-model: the new tokenizer")
+    base = Path(options.base_tokenizer_model)
+    try:
+        new = decompose("--base-tokenizer-model", base, "--tokenizer-model", Path(tokenizer))
+    except TokenizerError as error:
+        raise RequestError(str(error)) from error
+    expansion = Expansion(
+        old_size=new.old_size,
+        parts=new.parts,
+        method=options.embedding_init,
+        seed=config.training.seed,
+        std=config.model.init_method_std,
+        norm_correction=options.embedding_norm_correction,
+    )
+    if config.model.vocab_size != expansion.new_size:
+        raise RequestError(
+            f"--vocab-size {config.model.vocab_size}: --tokenizer-model {tokenizer} has {expansion.new_size} pieces, "
+            "and --embedding-init makes a row for each; leave out --vocab-size"
+        )
+    return expansion

@@ -1,0 +1,138 @@
+"""Checks of a tokenizer that see text line by line, and keep counts and the first examples."""
+
+from collections.abc import Callable, Sequence
+
+from tokenizer.characters import has_cjk
+from tokenizer.finding import EXAMPLES, Finding, judged, share
+from tokenizer.interface import Tokenizer
+
+_MANY_BYTES = 0.05  # of the tokens: beyond this the text is in a language that the vocabulary does not know
+
+
+class LineCheck:
+    """Counts the lines that an objection is raised to.
+
+    Args:
+        name: of the check.
+        objection: line and ids to a line of report, or None when there is nothing to say.
+        meaning: of an objection, to end the sentence "3 of 10 lines ...".
+        applies: whether a line is looked at.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        objection: Callable[[str, list[int]], str | None],
+        meaning: str,
+        applies: Callable[[str], bool] = lambda line: True,
+    ) -> None:
+        self.name, self._objection, self._meaning, self._applies = name, objection, meaning, applies
+        self._seen = self._count = 0
+        self._examples: list[str] = []
+
+    def see(self, line: str, ids: list[int]) -> None:
+        """Take a line, and the tokenizer's ids of it."""
+        if not self._applies(line):
+            return
+        self._seen += 1
+        example = self._objection(line, ids)
+        if example is not None:
+            self._count += 1
+            if len(self._examples) < EXAMPLES:
+                self._examples.append(example)
+
+    def finding(self) -> Finding:
+        """The result for all lines seen."""
+        summary = f"{share(self._count, self._seen)} {self._meaning}"
+        figures = {"lines": self._seen, "objections": self._count}
+        return judged(self.name, self._count > 0, summary, self._examples, figures)
+
+
+class ByteRate:
+    """How many tokens are parts of characters."""
+
+    name = "byte fallback"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._byte_ids = tokenizer.byte_ids
+        self._tokens = self._bytes = 0
+
+    def see(self, line: str, ids: list[int]) -> None:
+        """Take a line, and the tokenizer's ids of it."""
+        self._tokens += len(ids)
+        self._bytes += sum(index in self._byte_ids for index in ids)
+
+    def finding(self) -> Finding:
+        """The rate of byte tokens in all lines seen."""
+        summary = f"{share(self._bytes, self._tokens)} tokens are parts of characters"
+        figures = {"tokens": self._tokens, "byte_tokens": self._bytes}
+        return judged(self.name, self._bytes > _MANY_BYTES * self._tokens, summary, (), figures)
+
+
+def unknown(tokenizer: Tokenizer) -> LineCheck:
+    """Lines with a token that stands for lost text."""
+
+    def objection(line: str, ids: list[int]) -> str | None:
+        return f"{ids.count(tokenizer.unk_id)} in {line[:40]!r}" if tokenizer.unk_id in ids else None
+
+    return LineCheck("unknown", objection, "lines have <unk> tokens: text is lost")
+
+
+def round_trip(tokenizer: Tokenizer) -> LineCheck:
+    """Lines that encoding and decoding changes."""
+
+    def objection(line: str, ids: list[int]) -> str | None:
+        decoded = tokenizer.decode(ids)
+        if decoded == line:
+            return None
+        place = _first_difference(line, decoded)
+        start = max(0, place - 10)
+        return f"{line[start : place + 20]!r} -> {decoded[start : place + 20]!r}"
+
+    return LineCheck("round trip", objection, "lines are changed by encoding and decoding them")
+
+
+def changed_lines(tokenizer: Tokenizer, base: Tokenizer) -> LineCheck:
+    """Lines without CJK characters that are cut into other pieces than by the base."""
+
+    def objection(line: str, ids: list[int]) -> str | None:
+        return _different_cut(_cut(base, base.encode(line)), _cut(tokenizer, ids))
+
+    return LineCheck(
+        "changed lines",
+        objection,
+        "lines without CJK characters are cut differently than by the base",
+        lambda line: not has_cjk(line),
+    )
+
+
+def disagreement(slow: Tokenizer, fast: Tokenizer) -> LineCheck:
+    """Texts of which the tokenizer.model and the tokenizer.json give different ids."""
+
+    def objection(line: str, ids: list[int]) -> str | None:
+        others = fast.encode(line)
+        if others == ids:
+            return None
+        return _different_cut(_cut(slow, ids), _cut(fast, others)) or f"{line[:40]!r}: other ids for the same pieces"
+
+    return LineCheck(
+        "slow and fast", objection, "pieces and lines get other ids from tokenizer.json than from the model"
+    )
+
+
+def _cut(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    return [tokenizer.pieces.get(index, f"id {index}") for index in ids]
+
+
+def _different_cut(one: Sequence[str], other: Sequence[str]) -> str | None:
+    """The first difference of two lists of pieces with what is around it, None for equal ones."""
+    if one == other:
+        return None
+    place = _first_difference(one, other)
+    start = max(0, place - 2)
+    return "  ->  ".join("|".join(pieces[start : place + 5]) for pieces in (one, other))
+
+
+def _first_difference(one: Sequence[str], other: Sequence[str]) -> int:
+    same = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(same, min(len(one), len(other)))

@@ -1,0 +1,111 @@
+"""What the new pieces of an extended model are made of in the model that it extends."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+
+import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+from tokenizer.errors import TokenizerError
+from tokenizer.files import read_model
+
+# An old id, and how many characters it stands for: a byte of a character of three bytes stands for a third.
+Part = tuple[int, Fraction]
+
+_TEXT = (ModelProto.SentencePiece.NORMAL, ModelProto.SentencePiece.USER_DEFINED)
+_PADDING = "[PAD]"  # Chinese-Alpaca's, which is of type normal
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The new pieces of a model that extends another.
+
+    Attributes:
+        old_size: pieces of the model that is extended; ids from here on are new.
+        parts: of every new piece in the order of ids; none for pieces that stand for no text.
+        of_bytes: new pieces that consist of byte pieces only.
+    """
+
+    old_size: int
+    parts: tuple[tuple[Part, ...], ...]
+    of_bytes: int
+
+    @cached_property
+    def distinct(self) -> int:
+        """Old pieces that are part of any new one."""
+        return len({index for parts in self.parts for index, _ in parts})
+
+
+def decompose(base_flag: str, base: Path, flag: str, extended: Path) -> Decomposition:
+    """Encode every new piece of a model with the model that it extends.
+
+    The text is encoded as it is: without the space that SentencePiece puts before a text, which would make the
+    space piece a part of nearly every word. Pieces that begin with a space keep it.
+
+    Args:
+        base_flag, flag: start the messages.
+        base, extended: SentencePiece models, as `read_model` takes them.
+
+    Raises:
+        TokenizerError: one is no model, or the second is not the first with further pieces.
+    """
+    old, new = read_model(base_flag, base), read_model(flag, extended)
+    _check_extends(old, new, f"{flag} {extended}", f"{base_flag} {base}")
+    encoder = _plain_encoder(old)
+    size = len(old.pieces)
+    parts = tuple(_parts(encoder, text) for text in _texts(new, size))
+    of_bytes = sum(bool(part) and all(encoder.is_byte(index) for index, _ in part) for part in parts)
+    return Decomposition(size, parts, of_bytes)
+
+
+def _check_extends(old: ModelProto, new: ModelProto, new_name: str, old_name: str) -> None:
+    for index, (before, after) in enumerate(zip(old.pieces, new.pieces, strict=False)):
+        if before.piece != after.piece:
+            raise TokenizerError(
+                f"{new_name} does not extend {old_name}: id {index} is {after.piece!r} here and {before.piece!r} there"
+            )
+    if len(new.pieces) <= len(old.pieces):
+        raise TokenizerError(
+            f"{new_name} adds nothing to {old_name}: it has {len(new.pieces)} pieces, the base {len(old.pieces)}"
+        )
+
+
+def _plain_encoder(model: ModelProto) -> sentencepiece.SentencePieceProcessor:
+    plain = ModelProto()
+    plain.CopyFrom(model)
+    plain.normalizer_spec.add_dummy_prefix = False
+    plain.normalizer_spec.remove_extra_whitespaces = False
+    return sentencepiece.SentencePieceProcessor(model_proto=plain.SerializeToString())
+
+
+def _texts(model: ModelProto, first: int) -> list[str]:
+    """What the pieces from id `first` on stand for; nothing for control pieces and padding."""
+    special = {model.trainer_spec.pad_piece, _PADDING}
+    return [
+        piece.piece.replace("▁", " ") if piece.type in _TEXT and piece.piece not in special else ""
+        for piece in model.pieces[first:]
+    ]
+
+
+def _parts(encoder: sentencepiece.SentencePieceProcessor, text: str) -> tuple[Part, ...]:
+    ids, surfaces = encoder.encode(text, out_type=int), encoder.encode(text, out_type=str)
+    parts: list[Part] = []
+    share = Fraction(1)
+    for index, surface in zip(ids, surfaces, strict=True):
+        if encoder.is_byte(index):
+            share = _share_of_byte(int(surface[3:5], 16), share)
+            parts.append((index, share))
+        else:
+            parts.append((index, Fraction(len(surface))))
+    return tuple(parts)
+
+
+def _share_of_byte(byte: int, before: Fraction) -> Fraction:
+    """Of a character, by UTF-8's first byte of it; the bytes that continue it have the same share as those `before`."""
+    if byte < 0x80:
+        return Fraction(1)
+    if byte < 0xC0:
+        return before
+    return Fraction(1, 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4)

@@ -1,0 +1,41 @@
+"""Which pieces of a SentencePiece model some text can produce."""
+
+from collections.abc import Sequence
+
+import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+
+def unreachable(proto: ModelProto) -> list[int]:
+    """Ids of the normal pieces that no text is encoded to, in order.
+
+    A piece counts as reachable when its own text is encoded to it alone. For BPE nothing else can make it appear:
+    where a text's encoding has the piece at some place, no merge crossed the borders of that place (the crossing
+    symbol would still be there), so the merges inside it were chosen among the same candidates and in the same
+    order (score, then from the left) as if the piece's text stood alone, and alone they give the piece too. For
+    unigram models a cut of the piece that scores better than the piece does so in every text.
+
+    Args:
+        proto: a model of any type. Control, unknown, byte, unused and user-defined pieces are not looked at: they
+            do not come from merges.
+    """
+    ids = [index for index, piece in enumerate(proto.pieces) if piece.type == piece.NORMAL]
+    pieces = [proto.pieces[index].piece for index in ids]
+    encoded = encode_alone(proto, pieces)
+    return [index for index, piece, parts in zip(ids, pieces, encoded, strict=True) if parts != [piece]]
+
+
+def encode_alone(proto: ModelProto, pieces: Sequence[str]) -> list[list[str]]:
+    """The pieces to which the text of each of `pieces` is encoded.
+
+    There is no dummy prefix and no trimming of spaces: whether a piece begins with `▁` because of a space or because
+    a text begins there makes no difference to the merges.
+    """
+    bare = ModelProto()
+    bare.CopyFrom(proto)
+    bare.normalizer_spec.add_dummy_prefix = False
+    bare.normalizer_spec.remove_extra_whitespaces = False
+    model = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
+    space = " " if proto.normalizer_spec.escape_whitespaces else "▁"
+    texts = [piece.replace("▁", space) for piece in pieces]
+    return model.encode(texts, out_type=str, num_threads=1) if texts else []

@@ -1,0 +1,169 @@
+"""Hugging Face's tokenizer.json: what it says of itself, and its use."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tokenizer.errors import TokenizerError
+from tokenizer.interface import Tokenizer, TokenizerFile
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
+def is_json(path: Path, content: bytes) -> bool:
+    """Whether this is meant as a tokenizer.json."""
+    return path.suffix == ".json" or content.startswith(b"{")
+
+
+def why_not_a_model(content: bytes) -> str:
+    """Why a tokenizer.json cannot be used where the pieces of a SentencePiece model are needed, and what would do."""
+    try:
+        kind = _kind(json.loads(content))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "is neither a SentencePiece model nor a tokenizer.json"
+    if kind == "byte-level BPE":
+        return (
+            "is a tokenizer.json with byte-level BPE, as GPT-2's: its pieces are bytes, ordered by a list of merges, "
+            "and have neither characters nor the scores that a merge needs; give a SentencePiece model"
+        )
+    return (
+        f"is a tokenizer.json ({kind}), which lacks what a SentencePiece model says of its pieces (types, scores, "
+        "normalization); give the tokenizer.model that it was made from"
+    )
+
+
+def read_json(flag: str, path: Path, content: bytes, sha256: str) -> TokenizerFile:
+    """Read a tokenizer.json, and the names of special tokens in the tokenizer_config.json beside it.
+
+    Without that file the names are `<s>` and `</s>`, and there is no padding.
+
+    Raises:
+        TokenizerError: it is something else, or the configuration is no JSON object.
+    """
+    parsed = parse_json(flag, path, content)
+    kind, model, ids = _kind(parsed), parsed["model"], dict(entries(parsed))
+    unk = model.get("unk_id") if isinstance(model["vocab"], list) else ids.get(model.get("unk_token"))
+    pieces = {index: piece for piece, index in ids.items()}
+    settings = path.with_name("tokenizer_config.json")
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    if settings.is_file():
+        names = special_names(read_object(flag, settings))
+    return TokenizerFile(
+        path,
+        sha256,
+        kind,
+        1 + max(pieces),
+        pieces,
+        _byte_ids(kind, model, pieces),
+        unk,
+        *(ids.get(names.get(name, "")) for name in ("bos_token", "eos_token", "pad_token")),
+    )
+
+
+def open_json(flag: str, path: Path, content: bytes, sha256: str) -> Tokenizer:
+    """Open a tokenizer.json with the package tokenizers.
+
+    Raises:
+        TokenizerError: as `read_json`; the package is missing, or refuses the file.
+    """
+    facts = read_json(flag, path, content, sha256)
+    try:
+        import tokenizers
+    except ImportError:
+        raise TokenizerError(f"{flag} {path}: a tokenizer.json needs `pip install tokenizers`") from None
+    try:
+        model = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:
+        raise TokenizerError(f"{flag} {path} is not a Hugging Face tokenizer.json: {error}") from None
+    model.encode_special_tokens = True  # a "</s>" inside a document is text, not an end of document
+    model.no_truncation()  # such a setting in the file is for sentences; documents are kept whole
+    model.no_padding()
+    return Tokenizer(
+        **vars(facts),
+        encode=lambda text: model.encode(text, add_special_tokens=False).ids,
+        decode=lambda ids: model.decode(ids, skip_special_tokens=False),
+    )
+
+
+def parse_json(flag: str, path: Path, content: bytes) -> dict[str, Any]:
+    """The content of a tokenizer.json, of which `entries` can be taken.
+
+    Raises:
+        TokenizerError: it is something else.
+    """
+    try:
+        parsed = json.loads(content)
+        ids = [index for _, index in entries(parsed)]
+        if not ids or not all(isinstance(index, int) and index >= 0 for index in ids) or not _kind(parsed):
+            raise ValueError("no ids")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise TokenizerError(f"{flag} {path} is not a Hugging Face tokenizer.json with a vocabulary") from None
+    return parsed
+
+
+def entries(parsed: dict[str, Any]) -> list[tuple[str, int]]:
+    """Piece and id of the vocabulary of a parsed tokenizer.json, then those that only its added tokens have."""
+    vocabulary = parsed["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: [piece, score], in the order of the ids
+        listed = [(piece, index) for index, (piece, _) in enumerate(vocabulary)]
+    else:
+        listed = list(vocabulary.items())
+    known = set(listed)
+    added = [(token["content"], token["id"]) for token in parsed.get("added_tokens") or ()]
+    return listed + [entry for entry in added if entry not in known]
+
+
+def special_names(settings: dict[str, Any]) -> dict[str, str]:
+    """The special tokens that a tokenizer_config.json or special_tokens_map.json names, such as `eos_token`."""
+    given = {name: settings.get(name) for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
+    names = {name: token.get("content") if isinstance(token, dict) else token for name, token in given.items()}
+    return {name: token for name, token in names.items() if isinstance(token, str)}
+
+
+def read_object(flag: str, path: Path) -> dict[str, Any]:
+    """A JSON object from a file beside a tokenizer.
+
+    Raises:
+        TokenizerError: it is something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        value = None
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{flag} {path.parent}: {path} is not a JSON object")
+    return value
+
+
+def _kind(parsed: dict[str, Any]) -> str:
+    model = parsed["model"]
+    kind = model.get("type") or ("BPE" if "merges" in model else "tokenizer.json")
+    stages = json.dumps([parsed.get("pre_tokenizer"), parsed.get("decoder")])
+    return "byte-level BPE" if kind == "BPE" and '"type": "ByteLevel"' in stages else kind
+
+
+def _byte_ids(kind: str, model: dict[str, Any], pieces: dict[int, str]) -> frozenset[int]:
+    if kind == "byte-level BPE":
+        table = _byte_level_table()
+        return frozenset(index for index, piece in pieces.items() if not _whole_characters(piece, table))
+    if not model.get("byte_fallback"):
+        return frozenset()
+    return frozenset(index for index, piece in pieces.items() if _BYTE.fullmatch(piece))
+
+
+def _whole_characters(piece: str, table: dict[str, int]) -> bool:
+    try:
+        bytes(table[letter] for letter in piece).decode()
+    except KeyError:  # an added token is written as it is
+        return True
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _byte_level_table() -> dict[str, int]:
+    """Letter to byte: GPT-2 (its encoder.py) writes printable Latin-1 as it is, other bytes from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + number): byte for number, byte in enumerate(others)}

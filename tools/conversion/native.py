@@ -1,0 +1,35 @@
+"""A native checkpoint as the source of a conversion, and as its result."""
+
+import dataclasses
+from pathlib import Path
+
+from megatron_ext.checkpoint import Manifest, find_checkpoint, read_manifest
+from megatron_ext.checkpoint.directory import partial_path, publish
+from megatron_ext.checkpoint.read import WeightReader
+from megatron_ext.checkpoint.write import write_weights
+from megatron_ext.models import ModelConfig
+from tools.conversion.source import Source
+
+
+def open_native(folder: Path) -> Source:
+    """The checkpoint that `folder` is, or whose folder it is."""
+    checkpoint = find_checkpoint(folder)
+    model = ModelConfig(**read_manifest(checkpoint).model)
+    source = Source(model, WeightReader(checkpoint), token_ids={}, tokenizer=None, origin="native")
+    return source.check(f"--input {checkpoint}", "manifest.json")
+
+
+def write_native(source: Source, folder: Path) -> None:
+    """Write a checkpoint of iteration 0, without optimizer states, into a folder that `pretrain --load` takes."""
+    manifest = Manifest(
+        iteration=0,
+        consumed_samples=0,
+        consumed_tokens=0,
+        model=dataclasses.asdict(source.model),
+        layout={"source": source.origin},
+        has_optimizer=False,
+    )
+    partial = partial_path(folder, manifest.iteration)
+    partial.mkdir()
+    write_weights(partial, source.weights)
+    publish(folder, manifest)
