@@ -113,6 +113,11 @@ class Trainer:
             self.console.say(f" {line}")
         if self.iteration:
             self.console.say(f" continuing from iteration {self.iteration} of {self.config.checkpoint.load}")
+        if self.config.checkpoint.embedding_init is not None:
+            self.console.say(
+                f" new rows of the vocabulary beside those of {self.config.checkpoint.load}: "
+                f"{self.config.checkpoint.embedding_init}"
+            )
 
     def train(self, stop: StopRequest) -> None:
         """Step until the last iteration, an exit interval, or a wish to stop."""

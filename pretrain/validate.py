@@ -4,8 +4,7 @@ import os
 
 import torch
 
-from megatron_ext.checkpoint import check_compatible, read_manifest
-from megatron_ext.checkpoint.compatible import check_trained
+from megatron_ext.checkpoint import check_compatible, check_trained, read_manifest
 from megatron_ext.checkpoint.save import check_writable
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import world_size_from_environment

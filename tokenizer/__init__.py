@@ -1,5 +1,9 @@
-"""Vocabulary work on SentencePiece models. Imports nothing of the rest of the project.
+"""Vocabulary work. Imports nothing of the rest of the project.
 
 python -m tokenizer train    a new model from text
 python -m tokenizer merge    a base model, and the pieces of another that it lacks
+python -m tokenizer audit    what is wrong with a tokenizer
+python -m tokenizer compare  how long texts become with several tokenizers
+
+For other programs `load.py` finds, reads and opens a tokenizer of any format.
 """

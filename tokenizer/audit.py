@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from tokenizer.audit_pieces import check_coverage, check_dead, check_duplicates, check_lost, dead_pieces
 from tokenizer.audit_special import check_special_tokens
-from tokenizer.audit_text import ByteRate, LineCheck, changed_lines, disagreement, round_trip, unknown
+from tokenizer.audit_text import LineCheck, TokenRate, byte_rate, changed_lines, disagreement, round_trip, unknown_rate
 from tokenizer.errors import TokenizerError
 from tokenizer.files import read_lines, read_model, reading
 from tokenizer.finding import Finding, skipped
@@ -129,7 +129,7 @@ def _on_text(
 ) -> Iterator[Finding]:
     """The checks on text. That of slow and fast tokenizer begins with the text of each piece."""
     tokenizer = subject.tokenizer
-    checks: list[ByteRate | LineCheck] = [ByteRate(tokenizer), unknown(tokenizer), round_trip(tokenizer)]
+    checks: list[TokenRate | LineCheck] = [byte_rate(tokenizer), unknown_rate(tokenizer), round_trip(tokenizer)]
     checks += [changed_lines(tokenizer, base.tokenizer)] if base else []
     both = _slow_and_fast(tokenizer, quiet)
     lines = 0

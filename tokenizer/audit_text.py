@@ -1,6 +1,6 @@
 """Checks of a tokenizer that see text line by line, and keep counts and the first examples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 from tokenizer.characters import has_cjk
 from tokenizer.finding import EXAMPLES, Finding, judged, share
@@ -38,7 +38,7 @@ class LineCheck:
         example = self._objection(line, ids)
         if example is not None:
             self._count += 1
-            if len(self._examples) < EXAMPLES:
+            if len(self._examples) < EXAMPLES and example not in self._examples:
                 self._examples.append(example)
 
     def finding(self) -> Finding:
@@ -48,34 +48,45 @@ class LineCheck:
         return judged(self.name, self._count > 0, summary, self._examples, figures)
 
 
-class ByteRate:
-    """How many tokens are parts of characters."""
+class TokenRate:
+    """How many of the tokens are among some ids.
 
-    name = "byte fallback"
+    Args:
+        name: of the check.
+        ids: to look for.
+        most: the share of them that is no warning.
+        meaning: of such tokens, to end the sentence "3 of 10 tokens ...".
+    """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._byte_ids = tokenizer.byte_ids
-        self._tokens = self._bytes = 0
+    def __init__(self, name: str, ids: Set[int], most: float, meaning: str) -> None:
+        self.name, self._ids, self._most, self._meaning = name, ids, most, meaning
+        self._tokens = self._found = 0
+        self._examples: list[str] = []
 
     def see(self, line: str, ids: list[int]) -> None:
         """Take a line, and the tokenizer's ids of it."""
+        found = sum(index in self._ids for index in ids)
         self._tokens += len(ids)
-        self._bytes += sum(index in self._byte_ids for index in ids)
+        self._found += found
+        if found and len(self._examples) < EXAMPLES:
+            self._examples.append(f"{found} of {len(ids)} in {line[:40]!r}")
 
     def finding(self) -> Finding:
-        """The rate of byte tokens in all lines seen."""
-        summary = f"{share(self._bytes, self._tokens)} tokens are parts of characters"
-        figures = {"tokens": self._tokens, "byte_tokens": self._bytes}
-        return judged(self.name, self._bytes > _MANY_BYTES * self._tokens, summary, (), figures)
+        """The rate in all lines seen."""
+        summary = f"{share(self._found, self._tokens)} tokens {self._meaning}"
+        figures = {"tokens": self._tokens, "found": self._found}
+        return judged(self.name, self._found > self._most * self._tokens, summary, self._examples, figures)
 
 
-def unknown(tokenizer: Tokenizer) -> LineCheck:
-    """Lines with a token that stands for lost text."""
+def byte_rate(tokenizer: Tokenizer) -> TokenRate:
+    """How many tokens are parts of characters."""
+    return TokenRate("byte fallback", tokenizer.byte_ids, _MANY_BYTES, "are parts of characters")
 
-    def objection(line: str, ids: list[int]) -> str | None:
-        return f"{ids.count(tokenizer.unk_id)} in {line[:40]!r}" if tokenizer.unk_id in ids else None
 
-    return LineCheck("unknown", objection, "lines have <unk> tokens: text is lost")
+def unknown_rate(tokenizer: Tokenizer) -> TokenRate:
+    """How many tokens stand for lost text."""
+    ids = frozenset() if tokenizer.unk_id is None else frozenset({tokenizer.unk_id})
+    return TokenRate("unknown", ids, 0.0, "are <unk>: their text is lost")
 
 
 def round_trip(tokenizer: Tokenizer) -> LineCheck:

@@ -53,7 +53,7 @@ def candidates(known: Collection[str], extra: ModelProto) -> Candidates:
     found = Candidates({}, {}, [], {DIGITS: [], NOT_CJK: [], OTHER: []})
     for piece, share in shares.items():
         text = piece.translate(unfold) if _is_punctuation(piece.lstrip(_SPACE)) else piece
-        reason = _why_not(text)
+        reason = why_not(text)
         if reason is None and text not in known and text not in found.frequency:
             found.pieces.append(text)
         if reason is None or _is_punctuation(text):
@@ -90,6 +90,16 @@ def compounds(known: Collection[str], found: Candidates, least: float) -> dict[s
         for text, value in expected.items()
         if value >= least and text not in known and text not in found.frequency
     }
+
+
+def why_not(text: str) -> str | None:
+    """Why a clean merge may not add this piece; None if it may."""
+    body = text.removeprefix(_SPACE)
+    if len(body) > 1 and any(letter.isdecimal() for letter in body):
+        return DIGITS
+    if not has_cjk(body):
+        return NOT_CJK
+    return None if all(has_cjk(letter) or letter in _SHARED_PUNCTUATION for letter in body) else OTHER
 
 
 @cache
@@ -139,12 +149,3 @@ def _unfolded(extra: ModelProto) -> Mapping[int, str]:
 
 def _is_punctuation(text: str) -> bool:
     return text != "" and all(unicodedata.category(letter)[0] == "P" for letter in text)
-
-
-def _why_not(text: str) -> str | None:
-    body = text.removeprefix(_SPACE)
-    if len(body) > 1 and any(letter.isdecimal() for letter in body):
-        return DIGITS
-    if not has_cjk(body):
-        return NOT_CJK
-    return None if all(has_cjk(letter) or letter in _SHARED_PUNCTUATION for letter in body) else OTHER

@@ -8,10 +8,10 @@ _HAN = "\u2e80-\u2fdf\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fff
 # CJK symbols and punctuation, vertical and compatibility forms, full-width forms (letters and digits among them).
 _CJK_PUNCTUATION = "\u3000-\u303f\ufe10-\ufe1f\ufe30-\ufe4f\uff00-\uffef"
 # Chinese writes these too, but so do other languages: ‘ ’ “ ” … — and the middle dot of foreign names.
-_SHARED_PUNCTUATION = "‘’“”…—·"
+SHARED_PUNCTUATION = "‘’“”…—·"
 
 _CJK = re.compile(f"[{_HAN}{_CJK_PUNCTUATION}]")
-_RUN = re.compile(f"[{_HAN}{_CJK_PUNCTUATION}{_SHARED_PUNCTUATION}]+")
+_RUN = re.compile(f"[{_HAN}{_CJK_PUNCTUATION}{SHARED_PUNCTUATION}]+")
 
 
 def has_cjk(text: str) -> bool:

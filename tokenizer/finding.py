@@ -31,7 +31,7 @@ def judged(
     check: str, bad: bool, summary: str, examples: Sequence[str] = (), figures: Mapping[str, Any] | None = None
 ) -> Finding:
     """A warning where something is `bad`, with the first of `examples`; else ok."""
-    return Finding(check, "warning" if bad else "ok", summary, examples[:EXAMPLES], figures or {})
+    return Finding(check, "warning" if bad else "ok", summary, examples[:EXAMPLES] if bad else (), figures or {})
 
 
 def skipped(check: str, reason: str) -> Finding:

@@ -42,20 +42,21 @@ def draw(records: Sequence[dict[str, Any]], suffix: str) -> bytes:
     group = max(0.5 * (len(tokenizers) + 1), *(0.1 * len(name) for name in inputs.values()))
     figure = Figure(figsize=(max(8.0, 1 + group * len(inputs)), 9), layout=ConstrainedLayoutEngine(hspace=0.06))
     FigureCanvasAgg(figure)
-    width = 0.86 / len(tokenizers)
+    width = min(0.3, 0.86 / len(tokenizers))
     for axes, (part, keys, scale, how, title) in zip(figure.subplots(len(_PANELS)), _PANELS, strict=True):
         for number, path in enumerate(tokenizers):
             shown = [r for r in records if (r["part"], r["tokenizer"]) == (part, path)]
             heights = [scale * sum(r[key] or 0 for key in keys) for r in shown]
-            places = [place + (number + 0.5) * width - 0.43 for place in range(len(shown))]
+            places = [place + (number - (len(tokenizers) - 1) / 2) * width for place in range(len(shown))]
             drawn = axes.bar(places, heights, 0.92 * width, color=_COLOURS[number % len(_COLOURS)])
             labels = [format(height, how) if r["tokens"] else "none" for r, height in zip(shown, heights, strict=True)]
             axes.bar_label(drawn, labels, padding=2, fontsize=8, color="0.25")
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xticks(range(len(inputs)), list(inputs.values()))
         axes.tick_params(axis="x", length=0)
+        axes.set_xlim(-0.5, len(inputs) - 0.5)
         axes.margins(y=0.15)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))  # so that a share of almost nothing looks like it
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

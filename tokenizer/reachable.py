@@ -1,6 +1,6 @@
 """Which pieces of a SentencePiece model some text can produce."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
@@ -21,12 +21,12 @@ def unreachable(proto: ModelProto) -> list[int]:
     """
     ids = [index for index, piece in enumerate(proto.pieces) if piece.type == piece.NORMAL]
     pieces = [proto.pieces[index].piece for index in ids]
-    encoded = encode_alone(proto, pieces)
+    encoded = encoder_alone(proto)(pieces)
     return [index for index, piece, parts in zip(ids, pieces, encoded, strict=True) if parts != [piece]]
 
 
-def encode_alone(proto: ModelProto, pieces: Sequence[str]) -> list[list[str]]:
-    """The pieces to which the text of each of `pieces` is encoded.
+def encoder_alone(proto: ModelProto) -> Callable[[Sequence[str]], list[list[str]]]:
+    """A function that gives the pieces to which each of several texts, or pieces' own texts, is encoded.
 
     There is no dummy prefix and no trimming of spaces: whether a piece begins with `▁` because of a space or because
     a text begins there makes no difference to the merges.
@@ -37,5 +37,9 @@ def encode_alone(proto: ModelProto, pieces: Sequence[str]) -> list[list[str]]:
     bare.normalizer_spec.remove_extra_whitespaces = False
     model = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
     space = " " if proto.normalizer_spec.escape_whitespaces else "▁"
-    texts = [piece.replace("▁", space) for piece in pieces]
-    return model.encode(texts, out_type=str, num_threads=1) if texts else []
+
+    def encode(texts: Sequence[str]) -> list[list[str]]:
+        given = [text.replace("▁", space) for text in texts]
+        return model.encode(given, out_type=str, num_threads=1) if given else []
+
+    return encode

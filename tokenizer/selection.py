@@ -1,7 +1,7 @@
 """Which candidates become pieces, in which order they merge, and the pieces that they need in between."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 from math import log
@@ -9,7 +9,7 @@ from math import log
 import numpy as np
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-from tokenizer.reachable import encode_alone
+from tokenizer.reachable import encoder_alone
 
 _RARE = 1e-7  # the share of tokens assumed for what has none
 _ATTEMPTS = 8  # a piece that is not reached by then is given up
@@ -43,15 +43,6 @@ def extend(base: ModelProto, pieces: Sequence[str]) -> ModelProto:
     for place, text in enumerate(pieces, start=1):
         proto.pieces.add(piece=text, score=lowest - step * place)
     return proto
-
-
-def tokens_saved(text: str, known: Collection[str]) -> int:
-    """How many tokens fewer `text` takes once it is a piece: fewest pieces of `known` or bytes, less one."""
-    fewest = [0]
-    for end in range(1, len(text) + 1):
-        cuts = (fewest[start] + 1 for start in range(end) if end - start < len(text) and text[start:end] in known)
-        fewest.append(min(cuts, default=fewest[-1] + len(text[end - 1].encode())))
-    return fewest[-1] - 1
 
 
 def merge_order(pieces: Iterable[str], frequency: Mapping[str, float]) -> list[str]:
@@ -90,7 +81,7 @@ def close(base: ModelProto, pieces: Iterable[str], frequency: Mapping[str, float
 
     for attempt in count():
         order = merge_order(wanted | between, frequency)
-        encoded = encode_alone(extend(base, order), order)
+        encoded = encoder_alone(extend(base, order))(order)
         broken = {text: parts for text, parts in zip(order, encoded, strict=True) if parts != [text]}
         if not broken:
             return Closed(order, sorted(between), unreachable)

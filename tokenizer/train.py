@@ -9,7 +9,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from tokenizer.errors import TokenizerError
-from tokenizer.files import read_documents, reading
+from tokenizer.files import read_lines, reading
 
 # The trainer keeps positions within a sentence in 16 bits and leaves out, silently, what is longer than
 # max_sentence_length: long lines are cut instead.
@@ -78,10 +78,9 @@ def train(
 def _sentences(inputs: Sequence[Path], key: str, bar: tqdm, failure: list[TokenizerError]) -> Iterator[str]:
     # An exception cannot pass through the C++ trainer unharmed: keep it, and end the text.
     try:
-        for document in read_documents(inputs, key, bar.update):
-            for line in document.splitlines():
-                for start in range(0, len(line), _LONGEST):
-                    yield line[start : start + _LONGEST]
+        for line in read_lines(inputs, key, bar.update):
+            for start in range(0, len(line), _LONGEST):
+                yield line[start : start + _LONGEST]
         bar.close()  # what the trainer logs from here on should not fight with the bar
     except TokenizerError as error:
         failure.append(error)

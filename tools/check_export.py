@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 
-from megatron_ext.checkpoint import find_checkpoint, read_manifest
-from megatron_ext.checkpoint.read import WeightReader
 from megatron_ext.errors import RequestError
-from megatron_ext.models import ModelConfig
 from megatron_ext.models.decoder import Decoder, whole_model
 from tools.command import Parser, run
+from tools.conversion.native import open_native
 
 _TOLERANCE = 1e-4
 
@@ -34,11 +32,11 @@ def build_parser() -> Parser:
     return parser
 
 
-def load_native(source: str) -> Decoder:
-    """The trained model, undistributed, in float32."""
-    checkpoint = find_checkpoint(source)
-    decoder = whole_model(ModelConfig(**read_manifest(checkpoint).model))
-    weights = WeightReader(checkpoint).read(name for name, _ in decoder.named_parameters())
+def load_native(folder: Path) -> Decoder:
+    """The trained model, undistributed, in float32, adapters merged."""
+    source = open_native(folder)
+    decoder = whole_model(source.model)
+    weights = {name: source.weights.read_rows(name, 0, shape[0]) for name, shape in source.weights.shapes.items()}
     if decoder.config.tied:
         weights["lm_head.weight"] = weights["embed_tokens.weight"]
     decoder.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
@@ -65,7 +63,7 @@ def work(options: argparse.Namespace) -> int:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(Path(options.hf) / "tokenizer.model"))
     except OSError as error:
         raise RequestError(f"--hf {options.hf}: no SentencePiece tokenizer.model there") from error
-    decoder = load_native(options.native)
+    decoder = load_native(Path(options.native))
     exported: Any = AutoModelForCausalLM.from_pretrained(options.hf, dtype=torch.float32)
     text = first_document(Path(options.text))
     ids = torch.tensor([tokenizer.encode(text, add_bos=True)[: options.max_tokens + 1]])

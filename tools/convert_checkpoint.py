@@ -2,7 +2,7 @@
 
     --from native --to hf      a checkpoint of `pretrain --save` -> config.json, safetensors, tokenizer files
     --from hf --to native      the reverse; continue with `pretrain --load DIR --finetune`
-    --from X --to X            the same form again in another --dtype, or with a larger vocabulary
+    --from X --to X            the same form again in another --dtype, with a larger vocabulary, or without adapters
 
     --base-tokenizer OLD --tokenizer NEW --embedding-init METHOD      on any of these ways: rows for NEW's pieces
         mean-subtoken      mean of the rows of the old pieces that a new one was before
@@ -11,7 +11,8 @@
         mean               mean of all old rows
         random             as a model's weights start
 
-The result appears under its name only when it is whole; memory holds one file of it at most (a piece, to native).
+LoRA adapters of a native checkpoint are merged into its weights. The result appears under its name only when it is
+whole. Memory holds a small piece of the weights at a time.
 Exit codes: 0 done, 2 the request is wrong.
 """
 
@@ -23,7 +24,6 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ext.errors import RequestError
@@ -66,6 +66,11 @@ def work(options: argparse.Namespace) -> int:
     if not output.resolve().parent.is_dir():
         raise RequestError(f"--output {output}: {output.resolve().parent} is not a directory")
     source = open_native(Path(options.input)) if options.source == "native" else open_hf(Path(options.input))
+    if source.merged_adapters:
+        print(f"merging {source.merged_adapters} LoRA adapters into the weights beside them")
+    elif options.source == options.target and options.dtype is None and options.embedding_init is None:
+        way = f"--from {options.source} --to {options.target}"
+        raise RequestError(f"{way}: nothing to convert without --dtype or --embedding-init")
     if options.dtype is not None:
         source = dataclasses.replace(source, weights=CastWeights(source.weights, _DTYPES[options.dtype]))
     resized = _resize(source, options) if options.embedding_init is not None else None
@@ -85,9 +90,6 @@ def work(options: argparse.Namespace) -> int:
 
 def _check_flags(options: argparse.Namespace) -> None:
     """Raise RequestError for flags that contradict each other or would be ignored."""
-    way = f"--from {options.source} --to {options.target}"
-    if options.source == options.target and options.dtype is None and options.embedding_init is None:
-        raise RequestError(f"{way}: nothing to convert without --dtype or --embedding-init")
     if options.target == "native" and options.max_shard_gb is not None:
         raise RequestError("--max-shard-gb has no effect with --to native")
     if options.max_shard_gb is not None and not options.max_shard_gb > 0:
@@ -110,6 +112,7 @@ def _check_flags(options: argparse.Namespace) -> None:
 def _resize(source: Source, options: argparse.Namespace) -> Resized:
     return resize(
         source,
+        f"--input {options.input}",
         Path(options.base_tokenizer),
         Path(options.tokenizer),
         options.embedding_init,
@@ -129,7 +132,7 @@ def _write(source: Source, folder: Path, options: argparse.Namespace) -> None:
             write_hf(source, folder, int((options.max_shard_gb or _SHARD_GB) * 1e9))
         if source.tokenizer is not None:
             tokenizer_files.copy(source.tokenizer, folder)
-    except (OSError, SafetensorError, CheckpointException) as error:
+    except (OSError, CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise RequestError(f"--output {options.output}: cannot be written ({reason})") from error
 

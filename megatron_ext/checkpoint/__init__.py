@@ -7,14 +7,16 @@ DIR/iter_0000100/             complete: it appears under this name by one rename
     .metadata, *.distcp       weights, Adam moments, step count, loss scale, random states
 """
 
+from megatron_ext.checkpoint.compatible import check_compatible, check_trained
 from megatron_ext.checkpoint.directory import Manifest, find_checkpoint, has_checkpoints, read_manifest
-from megatron_ext.checkpoint.load import check_compatible, load_checkpoint
+from megatron_ext.checkpoint.load import load_checkpoint
 from megatron_ext.checkpoint.save import CheckpointWriter
 
 __all__ = [
     "CheckpointWriter",
     "Manifest",
     "check_compatible",
+    "check_trained",
     "find_checkpoint",
     "has_checkpoints",
     "load_checkpoint",

@@ -1,15 +1,44 @@
-"""Checkpoints of models of which a part was trained: what of them a run can take over."""
+"""Whether a run can take over a checkpoint: its model's shape, and which part of it was trained."""
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.checkpoint.directory import Manifest
 from megatron_ext.engine import EngineConfig
 from megatron_ext.errors import RequestError
+from megatron_ext.models import ModelConfig
+from megatron_ext.models.expand import Expansion
 from megatron_ext.optim import TrainableConfig
 
-# fields that change no stored tensor
+# fields that change no stored tensor: a checkpoint may be continued with other values of these
+_FREE_FIELDS = frozenset({"init_method_std", "max_position_embeddings", "norm_epsilon"})
 _FREE_LORA_FIELDS = ("lora_dropout",)
+_RESIZE_REMEDY = (
+    "; to give a larger vocabulary's rows values, add --finetune --embedding-init METHOD --base-tokenizer-model OLD, "
+    "or convert the checkpoint first with tools.convert_checkpoint --embedding-init METHOD"
+)
+
+
+def check_compatible(
+    manifest: Manifest, model: ModelConfig, checkpoint: Path, expansion: Expansion | None = None
+) -> None:
+    """Raise RequestError naming the first field in which the checkpoint's model is another one.
+
+    expansion: how the checkpoint's vocabulary is to grow to the model's.
+    """
+    stored_model = dataclasses.asdict(ModelConfig(**manifest.model).resolved())
+    if expansion is not None:
+        expansion.check_vocabulary(stored_model["vocab_size"], f"--load {checkpoint}")
+        stored_model["vocab_size"] = expansion.new_size
+    for name, wanted in dataclasses.asdict(model.resolved()).items():
+        stored = stored_model[name]
+        if name not in _FREE_FIELDS and stored != wanted and not name.startswith(("rope", "rotary")):
+            remedy = _RESIZE_REMEDY if name == "vocab_size" and stored < wanted else ""
+            raise RequestError(
+                f"--load {checkpoint}: its model has {name} {stored}, the run asks for {wanted} "
+                f"(--{name.replace('_', '-')}){remedy}"
+            )
 
 
 def check_trained(manifest: Manifest, config: EngineConfig, checkpoint: Path, weights_only: bool) -> None:
@@ -38,6 +67,6 @@ def check_trained(manifest: Manifest, config: EngineConfig, checkpoint: Path, we
             )
 
 
-def _plain(values: dict) -> dict:
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """As JSON gives it back, with the order of a list of names forgotten."""
     return {name: sorted(value) if isinstance(value, (tuple, list)) else value for name, value in values.items()}

@@ -1,6 +1,5 @@
 """Reading checkpoints into an engine of any layout."""
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from megatron_ext.checkpoint.compatible import check_trained
+from megatron_ext.checkpoint.compatible import check_compatible, check_trained
 from megatron_ext.checkpoint.directory import Manifest, read_manifest
 from megatron_ext.checkpoint.read import WeightReader
 from megatron_ext.checkpoint.resize import VOCABULARY_MATRICES, ResizedWeights
@@ -28,43 +27,15 @@ from megatron_ext.checkpoint.state import (
 from megatron_ext.engine import Engine
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import ProcessGrid
-from megatron_ext.models import ModelConfig
 from megatron_ext.models.expand import Expansion
 
-# fields that change no stored tensor: a checkpoint may be continued with other values of these
-_FREE_FIELDS = frozenset({"init_method_std", "max_position_embeddings", "norm_epsilon"})
 _VOCABULARY_KEYS = {MODEL + name for name in VOCABULARY_MATRICES}
-_RESIZE_REMEDY = (
-    "; to give a larger vocabulary's rows values, add --finetune --embedding-init METHOD --base-tokenizer-model OLD, "
-    "or convert the checkpoint first with tools.convert_checkpoint --embedding-init METHOD"
-)
 
 
 def layout_of(grid: ProcessGrid) -> dict[str, int]:
     return {"world_size": grid.world_size} | {
         axis: grid.size(axis) for axis in ("pp", "dp_replicate", "dp_shard", "tp")
     }
-
-
-def check_compatible(
-    manifest: Manifest, model: ModelConfig, checkpoint: Path, expansion: Expansion | None = None
-) -> None:
-    """Raise RequestError naming the first field in which the checkpoint's model is another one.
-
-    expansion: how the checkpoint's vocabulary is to grow to the model's.
-    """
-    stored_model = dataclasses.asdict(ModelConfig(**manifest.model).resolved())
-    if expansion is not None:
-        expansion.check_vocabulary(stored_model["vocab_size"], f"--load {checkpoint}")
-        stored_model["vocab_size"] = expansion.new_size
-    for name, wanted in dataclasses.asdict(model.resolved()).items():
-        stored = stored_model[name]
-        if name not in _FREE_FIELDS and stored != wanted and not name.startswith(("rope", "rotary")):
-            remedy = _RESIZE_REMEDY if name == "vocab_size" and stored < wanted else ""
-            raise RequestError(
-                f"--load {checkpoint}: its model has {name} {stored}, the run asks for {wanted} "
-                f"(--{name.replace('_', '-')}){remedy}"
-            )
 
 
 def load_checkpoint(

@@ -3,6 +3,7 @@
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,8 +18,8 @@ from torch.futures import Future
 from megatron_ext.checkpoint.read import Weights
 from megatron_ext.checkpoint.state import MODEL
 
-# Every weight is stored in pieces of whole rows of about this size: what is written, and later what a reader of a few
-# rows has to hold, stays small.
+# Every weight is stored in pieces of whole rows, none larger than this: what is held while writing, and later by a
+# reader of a few rows, stays small.
 _PIECE_BYTES = 64 << 20
 _FILE = "__0_0.distcp"
 
@@ -31,6 +32,14 @@ def write_weights(folder: Path, weights: Weights) -> None:
         dcp.save({}, storage_writer=_PieceWriter(folder), planner=_PiecePlanner(weights), no_dist=True)
 
 
+def row_pieces(weights: Weights, name: str) -> Iterator[tuple[int, int]]:
+    """First and one-past-last row of consecutive pieces of a weight, none larger than 64 MiB or a row."""
+    shape = weights.shapes[name]
+    rows = max(1, _PIECE_BYTES // (math.prod(shape[1:]) * weights.dtypes[name].itemsize))
+    for start in range(0, shape[0], rows):
+        yield start, min(start + rows, shape[0])
+
+
 class _PiecePlanner(DefaultSavePlanner):
     """Plans by shapes alone, and reads a piece when it is about to be written."""
 
@@ -39,19 +48,15 @@ class _PiecePlanner(DefaultSavePlanner):
         self._weights = weights
 
     def create_local_plan(self) -> SavePlan:
-        items = [item for name in self._weights.shapes for item in self._pieces(name)]
-        return SavePlan(items)
+        weights = self._weights
+        return SavePlan([self._piece(name, *rows) for name in weights.shapes for rows in row_pieces(weights, name)])
 
-    def _pieces(self, name: str) -> list[WriteItem]:
-        shape, dtype = self._weights.shapes[name], self._weights.dtypes[name]
-        rows = max(1, _PIECE_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
-        items = []
-        for start in range(0, shape[0], rows):
-            offsets = torch.Size([start, *[0] * (len(shape) - 1)])
-            sizes = torch.Size([min(rows, shape[0] - start), *shape[1:]])
-            data = TensorWriteData(ChunkStorageMetadata(offsets, sizes), TensorProperties(dtype), shape)
-            items.append(WriteItem(MetadataIndex(MODEL + name, offsets), WriteItemType.SHARD, tensor_data=data))
-        return items
+    def _piece(self, name: str, start: int, stop: int) -> WriteItem:
+        shape = self._weights.shapes[name]
+        offsets = torch.Size([start, *[0] * (len(shape) - 1)])
+        chunk = ChunkStorageMetadata(offsets, torch.Size([stop - start, *shape[1:]]))
+        data = TensorWriteData(chunk, TensorProperties(self._weights.dtypes[name]), shape)
+        return WriteItem(MetadataIndex(MODEL + name, offsets), WriteItemType.SHARD, tensor_data=data)
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         assert write_item.tensor_data is not None

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_ext.errors import RequestError
-from megatron_ext.models.initialize import _normal_slice
+from megatron_ext.models.initialize import normal_slice
 
 METHODS = ("mean-subtoken", "weighted-subtoken", "mean-normal", "mean", "random")
 
@@ -236,7 +236,7 @@ class _Spread:
 def _normal(seed: int, name: str, shape: torch.Size, start: int, stop: int, std: float = 1.0) -> torch.Tensor:
     """Rows of a normal matrix of this shape that the seed and the name determine: float64 [stop - start, columns]."""
     rows = torch.empty(stop - start, shape[1])
-    _normal_slice(shape, (start, 0), rows, std, name, seed)
+    normal_slice(shape, (start, 0), rows, std, name, seed)
     return rows.double()
 
 

@@ -35,7 +35,7 @@ def _standard_deviation(name: str, shape: torch.Size, config: ModelConfig) -> fl
     return config.init_method_std
 
 
-def _normal_slice(shape: torch.Size, offset: tuple[int, ...], local: torch.Tensor, std: float, name: str, seed: int):
+def normal_slice(shape: torch.Size, offset: tuple[int, ...], local: torch.Tensor, std: float, name: str, seed: int):
     """Fill `local`, the part at `offset` of a matrix of global `shape`."""
     if local.numel() == 0:
         return
@@ -69,4 +69,4 @@ def initialize_weights(model: nn.Module, config: ModelConfig, seed: int) -> None
             _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
             if config.tied and name == "lm_head.weight":
                 name = "embed_tokens.weight"
-            _normal_slice(param.shape, offset, local, _standard_deviation(name, param.shape, config), name, seed)
+            normal_slice(param.shape, offset, local, _standard_deviation(name, param.shape, config), name, seed)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_ext.checkpoint import find_checkpoint
 from pretrain.__main__ import main
@@ -66,7 +67,8 @@ def test_loading_equals_converting_first(pool: Pool, made: Path, tmp_path: Path,
     ranks, layout = LAYOUTS[name]
     old = made / ("tied" if "tied" in name else "untied")
     options = resizing(made, load=old, save=tmp_path / "loaded", **layout)
-    pool.run(train, ranks, words(options))
+    printed = pool.run(train, ranks, words(options))[0]
+    assert f"new rows of the vocabulary beside those of {old}: {options['embedding_init']}\n" in printed
 
     names = ("--from", "native", "--to", "native", "--input", old, "--output", tmp_path / "grown")
     models = ("--base-tokenizer", options["base_tokenizer_model"], "--tokenizer", options["tokenizer_model"])
@@ -129,3 +131,16 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
         assert errors.count("\n") == 1
         assert message in errors
         assert (tree(tmp_path), tree(made / "untied")) == before
+
+
+def test_half_precision_is_loaded_into_full(pool: Pool, made: Path, tmp_path: Path) -> None:
+    """Resized or not: weights that were converted in bfloat16 train in float32 from exactly these values."""
+    paths = ("--input", made / "untied-hf", "--output", tmp_path / "half", "--dtype", "bfloat16")
+    assert convert("--from", "hf", "--to", "native", *paths) == 0
+    still = {"load": tmp_path / "half", "train_iters": 1, "lr": 0, "data_path": made / "c", "save": tmp_path / "run"}
+    pool.run(train, 1, command(**resizing(made, **still)))
+    half, run = (stored(find_checkpoint(tmp_path / name)) for name in ("half", "run"))
+    for name, tensor in half.items():
+        assert tensor.dtype == torch.bfloat16
+        assert run[name].dtype == torch.float32
+        assert torch.equal(run[name][: len(tensor)], tensor.float()), name

@@ -156,6 +156,8 @@ def test_bad_training_requests(models: Path, tmp_path: Path, capsys: pytest.Capt
     assert "unrecognized arguments" in train(text, 300, "--vocab", 3)
     for name, content, expected in (
         ("empty.txt", b"", "--input holds no text"),
+        ("blank.txt", b"\n  \r\n", "--input holds no text"),
+        ("blank.jsonl", b'{"text": ""}\n{"text": " "}\n', "--input holds no text"),
         ("bad.txt", b"fine\n\xff\n", "bad.txt:2: not valid UTF-8"),
         ("bad.jsonl", b'{"text": "a"}\n{', "bad.jsonl:2: not JSON"),
         ("key.jsonl", b'{"body": "a"}\n', "key.jsonl:1: no text under the key 'text'"),

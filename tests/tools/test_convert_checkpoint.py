@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ext.checkpoint import find_checkpoint, read_manifest
+from megatron_ext.checkpoint import find_checkpoint, read_manifest, write
 from megatron_ext.checkpoint.read import WeightReader
 from tools import check_export, convert_checkpoint
 from tools.command import run
+from tools.conversion import hf_folder
 
 transformers = pytest.importorskip("transformers")
 
@@ -176,8 +177,9 @@ HF = ("--from", "native", "--to", "hf", "--input", "x", "--output", "y")
 
 def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "there").mkdir()
+    hf_model(tmp_path / "hf")
     requests = {
-        ("--from", "hf", "--to", "hf", "--input", "x", "--output", "y"): "nothing to convert",
+        ("--from", "hf", "--to", "hf", "--input", tmp_path / "hf", "--output", tmp_path / "y"): "nothing to convert",
         (*NATIVE, "--max-shard-gb", "1"): "--max-shard-gb has no effect with --to native",
         (*HF, "--max-shard-gb", "0"): "--max-shard-gb 0.0: must be above 0",
         (*HF, "--base-tokenizer", "t"): "--base-tokenizer has no effect without --embedding-init",
@@ -194,3 +196,23 @@ def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for request, message in requests.items():
         assert convert(*request) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["hf", "native"])
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    hf_model(tmp_path / "hf")
+
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf_folder, "_write_shard", full)
+    monkeypatch.setattr(write.torch, "save", full)
+    capsys.readouterr()
+    names = ("--input", tmp_path / "hf", "--output", tmp_path / "out", "--dtype", "bfloat16")
+    assert convert("--from", "hf", "--to", target, *names) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: --output {tmp_path / 'out'}: cannot be written (")
+    assert "No space left on device" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

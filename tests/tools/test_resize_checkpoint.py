@@ -83,7 +83,7 @@ def test_transformers_reads_the_result(made: Made, tmp_path: Path) -> None:
         assert new.state_dict()[name].shape == tensor.shape
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["vocab_size"], config["bos_token_id"], config["eos_token_id"]) == (NEW, 1, 2)
-    assert "pad_token_id" not in config
+    assert config["pad_token_id"] is None
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == made.extended.read_bytes()
 
 
@@ -197,6 +197,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
     assert wrong.grow(source, target, tmp_path / "out") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: --")
+    assert "matches neither" not in line or f"--input {getattr(made, source)}: " in line
     assert message.format(base=made.base) in line
     assert sorted(tmp_path.iterdir()) == before
 

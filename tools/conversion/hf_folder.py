@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from megatron_ext.checkpoint.read import Weights
+from megatron_ext.checkpoint.write import row_pieces
 from megatron_ext.errors import RequestError
 from megatron_ext.models import parameter_shapes
 from tools.conversion import llama
@@ -20,6 +21,7 @@ from tools.conversion.source import Source, bytes_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def open_hf(folder: Path) -> Source:
@@ -85,10 +87,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def write_hf(source: Source, folder: Path, shard_bytes: int) -> None:
-    """Write config.json and the weights in files of at most `shard_bytes` (a larger tensor has its own).
-
-    Holds one file's weights at a time.
-    """
+    """Write config.json and the weights in files of at most `shard_bytes` (a larger tensor has its own)."""
     weights = source.weights
     config = llama.to_hf_config(source.model) | source.token_ids
     config["dtype"] = config["torch_dtype"] = str(weights.dtypes["embed_tokens.weight"]).removeprefix("torch.")
@@ -98,14 +97,32 @@ def write_hf(source: Source, folder: Path, shard_bytes: int) -> None:
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {
-            llama.to_hf_name(name): weights.read_rows(name, 0, weights.shapes[name][0]).contiguous() for name in names
-        }
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
+        _write_shard(weights, names, folder / file)
+        weight_map |= dict.fromkeys(map(llama.to_hf_name, names), file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(weights: Weights, names: list[str], file: Path) -> None:
+    """One safetensors file, a piece of a weight in memory at a time.
+
+    Its format: the length of the header (8 bytes, little endian), the header in JSON, padded with spaces to a multiple
+    of 8 bytes, the values (https://huggingface.co/docs/safetensors, "Format").
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + bytes_of(weights, name)
+        kind, shape = _KINDS[weights.dtypes[name]], list(weights.shapes[name])
+        header[llama.to_hf_name(name)] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            for rows in row_pieces(weights, name):
+                stream.write(weights.read_rows(name, *rows).contiguous().view(torch.uint8).numpy().data)
 
 
 def _fill_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:

@@ -5,17 +5,25 @@ from pathlib import Path
 
 from megatron_ext.checkpoint import Manifest, find_checkpoint, read_manifest
 from megatron_ext.checkpoint.directory import partial_path, publish
-from megatron_ext.checkpoint.read import WeightReader
+from megatron_ext.checkpoint.read import WeightReader, Weights
 from megatron_ext.checkpoint.write import write_weights
 from megatron_ext.models import ModelConfig
+from megatron_ext.tensor_parallel import LoraConfig
+from tools.conversion.lora import MergedWeights
 from tools.conversion.source import Source
 
 
 def open_native(folder: Path) -> Source:
-    """The checkpoint that `folder` is, or whose folder it is."""
+    """The checkpoint that `folder` is, or whose folder it is; adapters that it has are merged into the weights."""
     checkpoint = find_checkpoint(folder)
-    model = ModelConfig(**read_manifest(checkpoint).model)
-    source = Source(model, WeightReader(checkpoint), token_ids={}, tokenizer=None, origin="native")
+    manifest = read_manifest(checkpoint)
+    weights: Weights = WeightReader(checkpoint)
+    adapters = 0
+    if manifest.lora is not None:
+        weights = merged = MergedWeights(weights, LoraConfig(**manifest.lora))
+        adapters = merged.adapters
+    model = ModelConfig(**manifest.model)
+    source = Source(model, weights, token_ids={}, tokenizer=None, origin="native", merged_adapters=adapters)
     return source.check(f"--input {checkpoint}", "manifest.json")
 
 

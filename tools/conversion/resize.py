@@ -40,8 +40,13 @@ class Resized:
         }
 
 
-def resize(source: Source, base: Path, tokenizer: Path, method: str, norm_correction: bool, seed: int) -> Resized:
-    """Let `source` grow from the tokenizer `base` to `tokenizer`; raises RequestError where they do not fit."""
+def resize(
+    source: Source, where: str, base: Path, tokenizer: Path, method: str, norm_correction: bool, seed: int
+) -> Resized:
+    """Let `source` grow from the tokenizer `base` to `tokenizer`; raises RequestError where they do not fit.
+
+    where: starts the message if it is the source that does not.
+    """
     try:
         decomposition = decompose("--base-tokenizer", base, "--tokenizer", tokenizer)
     except TokenizerError as error:
@@ -54,7 +59,7 @@ def resize(source: Source, base: Path, tokenizer: Path, method: str, norm_correc
         std=source.model.init_method_std,
         norm_correction=norm_correction,
     )
-    expansion.check_vocabulary(source.model.vocab_size, "--input")
+    expansion.check_vocabulary(source.model.vocab_size, where)
     weights = ResizedWeights(source.weights, expansion, progress=True)
     model = dataclasses.replace(source.model, vocab_size=expansion.new_size)
     return Resized(dataclasses.replace(source, model=model, weights=weights), weights, expansion, decomposition)

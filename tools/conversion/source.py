@@ -24,6 +24,7 @@ class Source:
         token_ids: config.json's ids of special tokens, where the source knows them.
         tokenizer: folder of the tokenizer that lies beside the weights, if one does.
         origin: where it comes from, for the manifest.
+        merged_adapters: how many low-rank adapters of the source have become part of the weights.
     """
 
     model: ModelConfig
@@ -31,6 +32,7 @@ class Source:
     token_ids: dict[str, Any]
     tokenizer: Path | None
     origin: str
+    merged_adapters: int = 0
 
     def check(self, where: str, description: str) -> "Source":
         """Itself, or RequestError naming the first weight that is missing, left over or of another shape.

@@ -25,10 +25,13 @@ def read(path: Path, vocab_size: int) -> TokenizerFile:
     return tokenizer
 
 
-def token_ids(tokenizer: TokenizerFile) -> dict[str, int]:
-    """config.json's ids of special tokens."""
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
-    return {f"{name}_token_id": index for name, index in ids.items() if index is not None}
+def token_ids(tokenizer: TokenizerFile) -> dict[str, int | None]:
+    """config.json's ids of special tokens; None where the tokenizer has none."""
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
 
 
 def copy(source: Path, folder: Path) -> None:
