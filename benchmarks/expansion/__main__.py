@@ -5,7 +5,7 @@ A small LLaMA is trained on English (with a little Chinese, as LLaMA was), its v
 adapters with embeddings, or everything is trained on Chinese. Bits per character of held-out Chinese and English
 compare across vocabularies, which losses per token do not. Every regime runs at the best of three learning rates.
 
-Writes results.json, results.md and results.png. A killed run goes on where it was. About two hours on one core.
+Writes trials.json, results.md and results.png. A killed run goes on where it was. About two hours on one core.
 
     python -m benchmarks.expansion --english EN.jsonl --chinese ZH.jsonl [ZH.jsonl ...] --output DIR [--jobs 2]
 """
@@ -123,7 +123,7 @@ def main() -> int:
     results.run(setting, sweep(options.steps), options.jobs, "learning rates")
     rates = results.best_rates()
     results.run(setting, grid(rates, options.steps), options.jobs, "trials")
-    print(write_report(options.output, results.by_name, rates))
+    print(write_report(options.output, results.by_name, rates, INIT))
     return 0
 
 

@@ -12,45 +12,59 @@ from tokenizer.files import read_documents
 
 _HELD_OUT_EVERY = 10
 
+Documents = list[list[str]]  # of every file
+
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Documents of one language, those to train on and those kept for measuring."""
+    """One language's documents, those to train on and those kept for measuring."""
 
-    train: list[str]
-    held_out: list[str]
+    train: Documents
+    held_out: Documents
 
 
 def read_text(files: list[Path]) -> Text:
     """Every tenth document of every file is held out."""
-    train: list[str] = []
-    held_out: list[str] = []
+    text = Text([], [])
     for file in files:
-        for number, document in enumerate(read_documents([file], "text", lambda _: None)):
-            if document.strip():
-                (held_out if number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 else train).append(document)
-    return Text(train, held_out)
+        documents = [d for d in read_documents([file], "text", lambda _: None) if d.strip()]
+        text.held_out.append(documents[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY])
+        text.train.append([d for i, d in enumerate(documents) if i % _HELD_OUT_EVERY != _HELD_OUT_EVERY - 1])
+    return text
+
+
+def sample(documents: Documents, characters: int) -> list[str]:
+    """`characters` in all, the same number of each file: its first documents, the last one cut."""
+    taken = []
+    for of_file in documents:
+        left = characters // len(documents)
+        for document in of_file:
+            if left <= 0:
+                break
+            taken.append(document[:left])
+            left -= len(taken[-1])
+    return taken
+
+
+def mixed(english: Text, chinese: Text, share: float) -> list[str]:
+    """All the English to train on, and as much Chinese as makes `share` of the characters of both."""
+    all_english = flat(english.train)
+    wanted = share / (1 - share) * sum(map(len, all_english))
+    return all_english + sample(chinese.train, int(wanted))
+
+
+def flat(documents: Documents) -> list[str]:
+    return [document for of_file in documents for document in of_file]
 
 
 def make_tokenizers(folder: Path, english: Text, chinese: Text, share: float, base_size: int, extra_size: int) -> None:
     """folder/base.model: BPE over English with a `share` of Chinese characters; folder/expanded: base + Chinese."""
-    (folder / "base.txt").write_text("\n".join([*english.train, *mixed_in(english, chinese, share)]), encoding="utf-8")
-    (folder / "chinese.txt").write_text("\n".join(chinese.train), encoding="utf-8")
+    (folder / "base.txt").write_text("\n".join(mixed(english, chinese, share)), encoding="utf-8")
+    (folder / "chinese.txt").write_text("\n".join(flat(chinese.train)), encoding="utf-8")
     for name, kind, size in (("base", "bpe", base_size), ("chinese", "unigram", extra_size)):
         _run("train", "--input", folder / f"{name}.txt", "--model-type", kind, "--vocab-size", size,
-             "--character-coverage", 0.98, "--output", folder / f"{name}.model", "--quiet")  # fmt: skip
+             "--character-coverage", 0.98, "--output", folder / f"{name}.model", "--quiet", "--overwrite")  # fmt: skip
     _run("merge", "--base", folder / "base.model", "--extra", folder / "chinese.model", "--output", folder / "expanded")
-
-
-def mixed_in(english: Text, chinese: Text, share: float) -> list[str]:
-    """The first Chinese documents, as many as make up `share` of the characters of both."""
-    wanted = share / (1 - share) * sum(map(len, english.train))
-    taken: list[str] = []
-    for document in chinese.train:
-        if sum(map(len, taken)) >= wanted:
-            break
-        taken.append(document)
-    return taken
 
 
 def _run(*words: object) -> None:
@@ -70,14 +84,3 @@ def encode(model: Path, documents: list[str], seed: int | None = None) -> torch.
 def vocabulary(model: Path) -> int:
     """Pieces of a model."""
     return sentencepiece.SentencePieceProcessor(model_file=str(model)).vocab_size()
-
-
-def first_characters(documents: list[str], count: int) -> list[str]:
-    """Whole documents from the start of the list, the last one cut, `count` characters in all."""
-    taken: list[str] = []
-    for document in documents:
-        if count <= 0:
-            break
-        taken.append(document[:count])
-        count -= len(taken[-1])
-    return taken

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.expansion.texts import encode, first_characters, mixed_in, read_text, vocabulary
+from benchmarks.expansion.texts import Documents, encode, flat, mixed, read_text, sample, vocabulary
 from megatron_ext.engine import BatchConfig, Engine, EngineConfig
 from megatron_ext.mesh import ParallelConfig, build_grid, init_distributed
 from megatron_ext.models import ModelConfig
@@ -95,8 +95,8 @@ class Batches:
 class BitsPerCharacter:
     """-log2 p(text) / characters of held-out documents, in windows of SEQ_LENGTH: comparable across vocabularies."""
 
-    def __init__(self, model: Path, documents: list[str], characters: int):
-        taken = first_characters(documents, characters)
+    def __init__(self, model: Path, documents: Documents, characters: int):
+        taken = sample(documents, characters)
         self._characters = sum(map(len, taken))
         tokens = encode(model, taken)
         room = BATCH * SEQ_LENGTH
@@ -119,8 +119,7 @@ def train_base(
     start_process()
     english, chinese = read_text(list(setting.english)), read_text(list(setting.chinese))
     tokenizer = setting.tokenizer(expanded=False)
-    documents = english.train + mixed_in(english, chinese, chinese_share)
-    batches = Batches(encode(tokenizer, documents, setting.seed))
+    batches = Batches(encode(tokenizer, mixed(english, chinese, chinese_share), setting.seed))
     schedule = OptimizerConfig(lr=lr, min_lr=lr / 20, lr_warmup_iters=50)
     vocab_size = vocabulary(tokenizer)
     engine = build(vocab_size, "full", vocab_size, lr, setting.seed)
@@ -173,7 +172,7 @@ def run_trial(setting: Setting, trial: Trial) -> dict[str, Any]:
         language: BitsPerCharacter(model, text.held_out, setting.measured_characters)
         for language, text in (("chinese", chinese), ("english", english))
     }
-    batches = Batches(encode(model, chinese.train, setting.seed))
+    batches = Batches(encode(model, flat(chinese.train), setting.seed))
     weights = start_weights(setting, trial.init)
     vocab_size = len(weights["embed_tokens.weight"])
     base_size = vocabulary(setting.tokenizer(expanded=False))
