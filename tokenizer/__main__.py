@@ -7,20 +7,22 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import sentencepiece
+from tqdm import tqdm
 
-from tokenizer import audit_report, compare_report
+from tokenizer import audit_report, compare_report, merge_report
 from tokenizer.audit import audit
+from tokenizer.clean import STEPS, merge_clean
 from tokenizer.compare import compare
 from tokenizer.errors import TokenizerError
-from tokenizer.files import check_outputs, read_model, refuse_existing, write_files
-from tokenizer.huggingface import huggingface_files
+from tokenizer.files import check_outputs, read_lines, read_model, reading, refuse_existing, write_files
+from tokenizer.huggingface import HUGGINGFACE_FILES, huggingface_files
 from tokenizer.load import open_tokenizer
-from tokenizer.merge import MODES, merge_chinese_llama
+from tokenizer.merge import MODES, PAD, merge_chinese_llama
 from tokenizer.picture import draw, require_matplotlib
 from tokenizer.train import train
 
@@ -61,9 +63,16 @@ def parser() -> argparse.ArgumentParser:
     both = commands.add_parser("merge", allow_abbrev=False, help="a base model and what another adds to it")
     both.add_argument("--base", required=True, type=Path, metavar="BASE.model", help="its ids stay as they are")
     both.add_argument("--extra", required=True, type=Path, metavar="ZH.model", help="the model to take pieces from")
-    both.add_argument("--output", required=True, type=Path, metavar="DIR", help="gets tokenizer.model and what "
-                      "transformers needs to load it")  # fmt: skip
-    both.add_argument("--mode", choices=MODES, default=MODES[0], help="the rule (default: as Chinese-LLaMA's)")
+    both.add_argument("--output", required=True, type=Path, metavar="DIR", help="gets tokenizer.model, what "
+                      "transformers needs to load it, and a report")  # fmt: skip
+    both.add_argument("--mode", choices=MODES, default=MODES[0], help="clean: texts without Chinese stay as they are "
+                      "(default); chinese-llama: the published rule")  # fmt: skip
+    both.add_argument("--add-pad-token", action="store_true", help="append [PAD], as Chinese-Alpaca")
+    both.add_argument("--target-size", type=int, metavar="N", help="clean: pieces in all (default: as the published "
+                      "rule gives)")  # fmt: skip
+    both.add_argument("--corpus", nargs="+", type=Path, metavar="FILE", help="clean: text to tune for, as train's")
+    both.add_argument("--json-key", metavar="KEY", help="where the corpus has its text (default: text)")
+    both.add_argument("--quiet", action="store_true", help="no progress bar")
 
     checks = commands.add_parser("audit", allow_abbrev=False, help="what is wrong with a tokenizer")
     checks.add_argument("--tokenizer", required=True, type=Path, metavar="T", help=f"the one to examine: {_TOKENIZER}")
@@ -118,21 +127,42 @@ def run_train(args: argparse.Namespace) -> int:
 
 def run_merge(args: argparse.Namespace) -> int:
     """Merge two models and write the directory; gives the exit code."""
+    if args.mode != "clean":
+        for flag, value in (("--target-size", args.target_size), ("--corpus", args.corpus)):
+            if value is not None:
+                raise TokenizerError(f"{flag} has no meaning with --mode {args.mode}, which adds every new piece")
+    if args.json_key and not args.corpus:
+        raise TokenizerError("--json-key says where --corpus has its text, and there is no --corpus")
+    names = ("tokenizer.model", *HUGGINGFACE_FILES, "merge_report.md", "merge_report.json")
+    refuse_existing("--output", [args.output / name for name in names], args.overwrite)
     base, extra = read_model("--base", args.base), read_model("--extra", args.extra)
-    merged = merge_chinese_llama(base, extra)
+
+    def corpus() -> Iterator[str]:
+        with reading("--corpus", args.corpus, args.quiet) as bar:
+            yield from read_lines(args.corpus, args.json_key or "text", bar.update, "--corpus")
+
+    given = corpus if args.corpus else None
+    if args.mode == "clean":
+        with tqdm(total=STEPS, desc="merging", delay=0.5, disable=args.quiet, file=sys.stderr) as bar:
+            merged = merge_clean(
+                base, extra, bar.update, target_size=args.target_size, pad=args.add_pad_token, corpus=given
+            )
+    else:
+        merged = merge_chinese_llama(base, extra, pad=args.add_pad_token)
+    record = merge_report.as_json(merged, base, extra, given)
+    report = {"merge_report.md": merge_report.as_markdown(record).encode(), "merge_report.json": _json(record)}
     # The configuration comes last: only then does the directory look like a tokenizer to transformers.
-    contents = {"tokenizer.model": merged.proto.SerializeToString(), **huggingface_files(merged.proto)}
-    files = {args.output / name: content for name, content in contents.items()}
-    refuse_existing("--output", list(files), args.overwrite)
+    model = {"tokenizer.model": merged.proto.SerializeToString()}
+    contents = {**report, **model, **huggingface_files(merged.proto, PAD if args.add_pad_token else None)}
     try:
         args.output.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if name not in contents:  # of an earlier merge; transformers would prefer its tokenizer.json
+                (args.output / name).unlink(missing_ok=True)
     except OSError as error:
         raise TokenizerError(f"--output {args.output}: cannot make this directory: {error.strerror}") from None
-    write_files("--output", files)
-    print(
-        f"{args.output}: {len(merged.proto.pieces):,} pieces = {merged.base:,} of the base + {merged.extra:,} of the "
-        f"extra model - {merged.duplicates:,} that both have ({merged.added:,} new)"
-    )
+    write_files("--output", {args.output / name: content for name, content in contents.items()})
+    print(f"{args.output}: {merge_report.as_line(record)}")
     return 0
 
 

@@ -3,18 +3,16 @@
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from math import exp
 
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
 
-from tokenizer.characters import has_cjk
+from tokenizer.characters import chinese_runs, has_cjk
 
 _SPACE = "▁"
 _FULL_WIDTH = "，：；！？（）"
 _CLAUSE_ENDS = "，。、：；！？"
-_SHARED_PUNCTUATION = "‘’“”…—·"  # Chinese writes them too, but they are not CJK characters
 # A piece with digits beside others would end the rule that every digit stands alone.
 DIGITS, NOT_CJK, OTHER = "digits", "no CJK character", "characters of other scripts, or markup"
 
@@ -27,12 +25,14 @@ class Candidates:
         frequency: text to the share of a text's tokens that it is expected to be. Pieces that the base has are among
             them, and marks without a CJK character.
         opening: word to the share of texts that it begins.
+        space: share of tokens that are a space, or the beginning of a text, alone.
         pieces: what may be added: texts of `frequency` with a CJK character that the base lacks.
         dropped: reason to pieces of the extra model that may not.
     """
 
     frequency: dict[str, float]
     opening: dict[str, float]
+    space: float
     pieces: list[str]
     dropped: dict[str, list[str]]
 
@@ -50,7 +50,7 @@ def candidates(known: Collection[str], extra: ModelProto) -> Candidates:
     shares = _frequencies(extra)
     unfold = _unfolded(extra)
     openings = sum(share for piece, share in shares.items() if piece.startswith(_SPACE))
-    found = Candidates({}, {}, [], {DIGITS: [], NOT_CJK: [], OTHER: []})
+    found = Candidates({}, {}, shares.get(_SPACE, 0.0), [], {DIGITS: [], NOT_CJK: [], OTHER: []})
     for piece, share in shares.items():
         text = piece.translate(unfold) if _is_punctuation(piece.lstrip(_SPACE)) else piece
         reason = why_not(text)
@@ -58,7 +58,7 @@ def candidates(known: Collection[str], extra: ModelProto) -> Candidates:
             found.pieces.append(text)
         if reason is None or _is_punctuation(text):
             found.frequency[text] = found.frequency.get(text, 0.0) + share
-        elif piece not in known:
+        if reason and piece not in known:
             found.dropped[reason].append(piece)
         if text.startswith(_SPACE):
             found.opening[text[1:]] = share / openings
@@ -66,11 +66,11 @@ def candidates(known: Collection[str], extra: ModelProto) -> Candidates:
 
 
 def compounds(known: Collection[str], found: Candidates, least: float) -> dict[str, float]:
-    """A word and a punctuation mark in one piece, each with the share of tokens that it is expected to be.
+    """A word and a mark, or a space and a word, in one piece, with the share of tokens that each is expected to be.
 
-    SentencePiece's trainer cuts between scripts, so an extra model has no such piece, however frequent it is. The two
-    are taken to follow each other by chance, but for what follows the end of a clause: there, half of a word's
-    probability is that of opening a text (the extra model's `▁` pieces).
+    SentencePiece's trainer cuts between scripts, so an extra model has no word with a mark, however frequent it is.
+    The two are taken to follow each other by chance, but for what follows a space or the end of a clause: there, half
+    of a word's probability is that of opening a text (the extra model's `▁` pieces).
 
     Args:
         known: pieces of the base.
@@ -78,13 +78,15 @@ def compounds(known: Collection[str], found: Candidates, least: float) -> dict[s
         least: smaller expected shares are left out.
     """
     words = {text: share for text, share in found.frequency.items() if text.isalpha()}
-    marks = {text: share for text, share in found.frequency.items() if len(text) == 1 and _is_punctuation(text)}
+    marks = {text: share for text, share in found.frequency.items() if len(text) == 1 and _is_mark(text)}
     expected: dict[str, float] = {}
     for mark, share in marks.items():
         for word, word_share in words.items():
             first = (word_share + found.opening.get(word, 0.0)) / 2 if mark in _CLAUSE_ENDS else word_share
             expected[mark + word] = share * first
             expected[word + mark] = share * word_share
+    for word, word_share in words.items():
+        expected[_SPACE + word] = found.space * (word_share + found.opening.get(word, 0.0)) / 2
     return {
         text: value
         for text, value in expected.items()
@@ -99,16 +101,14 @@ def why_not(text: str) -> str | None:
         return DIGITS
     if not has_cjk(body):
         return NOT_CJK
-    return None if all(has_cjk(letter) or letter in _SHARED_PUNCTUATION for letter in body) else OTHER
+    return None if _is_chinese(body) else OTHER
 
 
-@cache
 def standard_characters() -> frozenset[str]:
     """The common characters: GB 2312 level 1 (3,755, simplified) and Big5 level 1 (5,401, traditional)."""
     return frozenset(_coded("gb2312", 0xB0, 0xD7)) | frozenset(_coded("big5", 0xA4, 0xC6))
 
 
-@cache
 def traditional_characters() -> frozenset[str]:
     """Common characters that only traditional text has: in Big5 level 1, nowhere in GB 2312."""
     return frozenset(_coded("big5", 0xA4, 0xC6)) - frozenset(_coded("gb2312", 0xB0, 0xF7))
@@ -145,6 +145,15 @@ def _unfolded(extra: ModelProto) -> Mapping[int, str]:
     model = sentencepiece.SentencePieceProcessor(model_proto=extra.SerializeToString())
     folded = {mark: model.normalize(mark).strip(_SPACE) for mark in _FULL_WIDTH}
     return {ord(ascii): mark for mark, ascii in folded.items() if len(ascii) == 1 and ascii != mark}
+
+
+def _is_chinese(text: str) -> bool:
+    run = f"中{text}"  # marks that other languages share make no run of their own
+    return list(chinese_runs(run)) == [run]
+
+
+def _is_mark(letter: str) -> bool:
+    return _is_punctuation(letter) and _is_chinese(letter)
 
 
 def _is_punctuation(text: str) -> bool:

@@ -1,20 +1,22 @@
 """What the new pieces of an extended model are made of in the model that it extends."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
-import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from tokenizer.errors import TokenizerError
 from tokenizer.files import read_model
+from tokenizer.reachable import encoder_alone
 
 # An old id, and how many characters it stands for: a byte of a character of three bytes stands for a third.
 Part = tuple[int, Fraction]
 
 _TEXT = (ModelProto.SentencePiece.NORMAL, ModelProto.SentencePiece.USER_DEFINED)
+_BYTE = ModelProto.SentencePiece.BYTE
 _PADDING = "[PAD]"  # Chinese-Alpaca's, which is of type normal
 
 
@@ -53,10 +55,11 @@ def decompose(base_flag: str, base: Path, flag: str, extended: Path) -> Decompos
     """
     old, new = read_model(base_flag, base), read_model(flag, extended)
     _check_extends(old, new, f"{flag} {extended}", f"{base_flag} {base}")
-    encoder = _plain_encoder(old)
     size = len(old.pieces)
-    parts = tuple(_parts(encoder, text) for text in _texts(new, size))
-    of_bytes = sum(bool(part) and all(encoder.is_byte(index) for index, _ in part) for part in parts)
+    encoded = encoder_alone(old)(_texts(new, size))
+    ids = {piece.piece: index for index, piece in enumerate(old.pieces) if piece.type in (*_TEXT, _BYTE)}
+    parts = tuple(tuple(_parts(pieces, ids, old)) for pieces in encoded)
+    of_bytes = sum(bool(part) and all(old.pieces[index].type == _BYTE for index, _ in part) for part in parts)
     return Decomposition(size, parts, of_bytes)
 
 
@@ -72,34 +75,21 @@ def _check_extends(old: ModelProto, new: ModelProto, new_name: str, old_name: st
         )
 
 
-def _plain_encoder(model: ModelProto) -> sentencepiece.SentencePieceProcessor:
-    plain = ModelProto()
-    plain.CopyFrom(model)
-    plain.normalizer_spec.add_dummy_prefix = False
-    plain.normalizer_spec.remove_extra_whitespaces = False
-    return sentencepiece.SentencePieceProcessor(model_proto=plain.SerializeToString())
-
-
 def _texts(model: ModelProto, first: int) -> list[str]:
     """What the pieces from id `first` on stand for; nothing for control pieces and padding."""
     special = {model.trainer_spec.pad_piece, _PADDING}
-    return [
-        piece.piece.replace("▁", " ") if piece.type in _TEXT and piece.piece not in special else ""
-        for piece in model.pieces[first:]
-    ]
+    return [piece.piece if piece.type in _TEXT and piece.piece not in special else "" for piece in model.pieces[first:]]
 
 
-def _parts(encoder: sentencepiece.SentencePieceProcessor, text: str) -> tuple[Part, ...]:
-    ids, surfaces = encoder.encode(text, out_type=int), encoder.encode(text, out_type=str)
-    parts: list[Part] = []
+def _parts(pieces: list[str], ids: dict[str, int], model: ModelProto) -> Iterator[Part]:
     share = Fraction(1)
-    for index, surface in zip(ids, surfaces, strict=True):
-        if encoder.is_byte(index):
-            share = _share_of_byte(int(surface[3:5], 16), share)
-            parts.append((index, share))
+    for piece in pieces:
+        index = ids.get(piece, model.trainer_spec.unk_id)
+        if model.pieces[index].type == _BYTE:
+            share = _share_of_byte(int(piece[3:5], 16), share)
+            yield index, share
         else:
-            parts.append((index, Fraction(len(surface))))
-    return tuple(parts)
+            yield index, Fraction(len(piece))
 
 
 def _share_of_byte(byte: int, before: Fraction) -> Fraction:

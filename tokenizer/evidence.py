@@ -1,7 +1,7 @@
 """What a corpus says: how often a vocabulary's pieces occur in it, alone and next to each other."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 
@@ -40,8 +40,7 @@ def gather(proto: ModelProto, lines: Iterable[str]) -> Evidence:
         lines: of text; read once.
     """
     found, encode, least = Evidence(), encoder_alone(proto), 1
-    remaining = (run for line in lines for run in chinese_runs(line))
-    while runs := list(islice(remaining, _BATCH)):
+    for runs in batches_of_runs(lines):
         for run, parts in zip(runs, encode(runs), strict=True):
             found.tokens += len(parts)
             found.letters.update(run)
@@ -51,3 +50,10 @@ def gather(proto: ModelProto, lines: Iterable[str]) -> Evidence:
             found.pairs = Counter({text: count for text, count in found.pairs.items() if count > least})
             least += 1
     return found
+
+
+def batches_of_runs(lines: Iterable[str]) -> Iterator[list[str]]:
+    """The Chinese runs of `lines`, many at a time."""
+    runs = (run for line in lines for run in chinese_runs(line))
+    while batch := list(islice(runs, _BATCH)):
+        yield batch

@@ -1,32 +1,46 @@
 """The files with which transformers' AutoTokenizer loads a SentencePiece model.
 
-There is no `tokenizer.json` here. That format ranks merges by pair, so one of two pairs always goes first; a
-SentencePiece model may give many pieces one score, and then the leftmost goes first. Where `AB` and `BC` are both
-new pieces of one score no ranking gives the ids of the model: on Chinese prose about one line in eleven would be
-cut differently. `SentencePieceBackend` (transformers 5) runs the model itself, so its ids are the model's.
+Where an exact `tokenizer.json` exists (`fast_tokenizer.py`), it is written, and transformers runs that. Its class is
+the general one, which does what the file says: transformers' LlamaTokenizer has a way of its own with leading spaces.
+Else, as after a merge with equal scores (on Chinese prose about one line in eleven would be cut differently), there
+is none, and `SentencePieceBackend` (transformers 5) runs the model itself.
 """
 
 import json
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
+from tokenizer.fast_tokenizer import fast_tokenizer, why_no_fast_tokenizer
 
-def huggingface_files(proto: ModelProto) -> dict[str, bytes]:
-    """`tokenizer_config.json` and `special_tokens_map.json`, to lie beside `tokenizer.model`.
+HUGGINGFACE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
-    As LLaMA's tokenizer does, encoding puts the begin-of-sentence token first unless `add_special_tokens=False`.
-    One limit is transformers' own: its decoding shows byte pieces as `<0x0A>`; sentencepiece decodes them.
+
+def huggingface_files(proto: ModelProto, pad_token: str | None = None) -> dict[str, bytes]:
+    """The files to lie beside `tokenizer.model`, among them `tokenizer.json` where there is an exact one.
+
+    As LLaMA's tokenizer does, encoding puts the begin-of-sentence token first unless `add_special_tokens=False`. As
+    for sentencepiece, a `</s>` within a text is text (`split_special_tokens=False` makes it the token). One limit is
+    transformers' own: SentencePieceBackend's decoding shows byte pieces as `<0x0A>`; sentencepiece decodes them.
+
+    Args:
+        proto: the model.
+        pad_token: the piece for padding, where the model does not say.
     """
     names = _special_tokens(proto)
+    if pad_token:
+        names["pad_token"] = pad_token
+    exact = why_no_fast_tokenizer(proto) is None
     config = {
-        "tokenizer_class": "SentencePieceBackend",
+        "tokenizer_class": "PreTrainedTokenizerFast" if exact else "SentencePieceBackend",
         **names,
-        "legacy": True,  # encode with the model as it is, its dummy prefix included
+        "legacy": True,  # SentencePieceBackend: encode with the model as it is, its dummy prefix included
         "special_tokens_pattern": "bos" if "bos_token" in names else "none",
+        "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
     }
-    return {"tokenizer_config.json": _json(config), "special_tokens_map.json": _json(names)}
+    fast = {"tokenizer.json": _json(fast_tokenizer(proto, names))} if exact else {}
+    return {**fast, "tokenizer_config.json": _json(config), "special_tokens_map.json": _json(names)}
 
 
 def _special_tokens(proto: ModelProto) -> dict[str, str]:

@@ -31,15 +31,25 @@ def encoder_alone(proto: ModelProto) -> Callable[[Sequence[str]], list[list[str]
     There is no dummy prefix and no trimming of spaces: whether a piece begins with `▁` because of a space or because
     a text begins there makes no difference to the merges.
     """
-    bare = ModelProto()
-    bare.CopyFrom(proto)
-    bare.normalizer_spec.add_dummy_prefix = False
-    bare.normalizer_spec.remove_extra_whitespaces = False
-    model = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
-    space = " " if proto.normalizer_spec.escape_whitespaces else "▁"
+    model, space = _bare(proto)
 
     def encode(texts: Sequence[str]) -> list[list[str]]:
         given = [text.replace("▁", space) for text in texts]
         return model.encode(given, out_type=str, num_threads=1) if given else []
 
     return encode
+
+
+def left_by_normalization(proto: ModelProto) -> Callable[[str], bool]:
+    """A function that says whether the model's normalization leaves a piece's text as it is."""
+    model, space = _bare(proto)
+    return lambda text: model.normalize(text.replace("▁", space)) == text
+
+
+def _bare(proto: ModelProto) -> tuple[sentencepiece.SentencePieceProcessor, str]:
+    bare = ModelProto()
+    bare.CopyFrom(proto)
+    bare.normalizer_spec.add_dummy_prefix = False
+    bare.normalizer_spec.remove_extra_whitespaces = False
+    model = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
+    return model, " " if proto.normalizer_spec.escape_whitespaces else "▁"

@@ -1,14 +1,15 @@
 """Which candidates become pieces, in which order they merge, and the pieces that they need in between."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import islice, pairwise
 from math import log
 
 import numpy as np
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
+from tokenizer.characters import has_cjk
 from tokenizer.reachable import encoder_alone
 
 _RARE = 1e-7  # the share of tokens assumed for what has none
@@ -21,12 +22,10 @@ class Closed:
 
     Attributes:
         order: the pieces, first merge first.
-        between: those among them that were added for others to pass through.
         unreachable: what was given up.
     """
 
     order: list[str]
-    between: list[str]
     unreachable: list[str]
 
 
@@ -73,39 +72,56 @@ def close(base: ModelProto, pieces: Iterable[str], frequency: Mapping[str, float
         frequency: share of tokens, for the merge order.
     """
     wanted, known = set(pieces), {piece.piece for piece in base.pieces}
-    between = {letter for text in wanted for letter in text} - wanted - known
+    between = {letter for text in wanted for letter in text if has_cjk(letter)} - wanted - known
     unreachable: list[str] = []
 
     def chance(pair: tuple[str, str]) -> float:
         return frequency.get(pair[0], _RARE) * frequency.get(pair[1], _RARE)
 
-    for attempt in count():
-        order = merge_order(wanted | between, frequency)
+    attempt = 0
+    while True:
+        present = wanted | between
+        order = merge_order(present, frequency)
         encoded = encoder_alone(extend(base, order))(order)
         broken = {text: parts for text, parts in zip(order, encoded, strict=True) if parts != [text]}
         if not broken:
-            return Closed(order, sorted(between), unreachable)
-        missing: set[str] = set()
+            return Closed(order, unreachable)
+        attempt += 1
         helps = Counter(pair for parts in broken.values() for pair in pairwise(parts))
         for text, parts in broken.items():
-            pairs = [pair for pair in pairwise(parts) if "".join(pair) not in wanted | between]
-            if attempt < _ATTEMPTS and text in wanted and "".join(parts) == text and pairs:
-                missing.add("".join(max(pairs, key=lambda pair: (helps[pair], -chance(pair)))))
-            else:  # normalization changes it, or other merges always cut through it
+            pairs = [pair for pair in pairwise(parts) if has_cjk("".join(pair)) and "".join(pair) not in present]
+            if attempt <= _ATTEMPTS and text in wanted and "".join(parts) == text and pairs:
+                best = max(pairs, key=lambda pair: (helps[pair], -chance(pair)))
+                between.add("".join(best))
+            else:  # a letter of it has no piece, or other merges always cut through it
                 wanted.discard(text)
                 between.discard(text)
                 unreachable.append(text)
-        between |= missing
-    raise AssertionError("count() does not end")
 
 
 def fit(base: ModelProto, values: Mapping[str, float], frequency: Mapping[str, float], room: int) -> Closed:
-    """The pieces of most value that fit into `room`, with those that they need in between."""
-    ranked = sorted(values, key=lambda text: (-values[text], text))
-    taken = room
+    """The pieces of most value that fit into `room`, with those that they need in between.
+
+    Fewer than `room` come back only where `values` has no more that can be reached.
+    """
+    ranked = iter(sorted(values, key=lambda text: (-values[text], text)))
+    chosen = list(islice(ranked, room))
+    shrunk = False
     while True:
-        closed = close(base, ranked[:taken], frequency)
-        excess = len(closed.order) - room
-        if excess <= 0:
+        closed = close(base, chosen, frequency)
+        gap = room - len(closed.order)
+        if gap < 0:
+            del chosen[gap:]
+            shrunk = True
+            continue
+        # Once there were too many, only what needs nothing in between may fill the last places.
+        present = {piece.piece for piece in base.pieces}.union(closed.order)
+        fitting = (text for text in ranked if not shrunk or _joins(text, present))
+        more = list(islice(fitting, gap))
+        if not more:
             return closed
-        taken = min(taken, len(ranked)) - excess
+        chosen += more
+
+
+def _joins(text: str, present: Collection[str]) -> bool:
+    return len(text) == 1 or any(text[:cut] in present and text[cut:] in present for cut in range(1, len(text)))

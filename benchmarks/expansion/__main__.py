@@ -53,8 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def sweep(steps: int) -> list[Trial]:
     """For the learning rate of every regime."""
-    half = max(1, steps // 2)
-    return [Trial(f"rate/{regime}/{rate}", INIT, ((regime, rate, half),), half) for regime in REGIMES for rate in RATES]
+    part = max(1, steps // 3)
+    return [Trial(f"rate/{regime}/{rate}", INIT, ((regime, rate, part),), part) for regime in REGIMES for rate in RATES]
 
 
 def grid(rates: dict[str, float], steps: int) -> list[Trial]:

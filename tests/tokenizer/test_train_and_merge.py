@@ -40,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def merge(models: Path, output: Path, *flags: str) -> int:
     command = ["merge", "--base", models / "en.model", "--extra", models / "zh.model", "--output", output]
-    return main([*map(str, command), *flags])
+    return main([*map(str, command), "--mode", "chinese-llama", "--quiet", *flags])
 
 
 def load(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -101,6 +101,35 @@ def test_transformers_gives_the_same_ids(models: Path, monkeypatch: pytest.Monke
         assert tokenizer.encode(text, add_special_tokens=False) == model.encode(text)
         assert tokenizer.encode(text) == [1, *model.encode(text)]
     assert tokenizer.decode(model.encode(CHINESE[0])) == CHINESE[0]
+
+
+def test_a_pad_token_as_published(models: Path, tmp_path: Path) -> None:
+    assert merge(models, tmp_path, "--add-pad-token") == 0
+    proto, without = read_model("", tmp_path / "tokenizer.model"), read_model("", models / "merged")
+    assert list(proto.pieces[:-1]) == list(without.pieces)
+    assert (proto.pieces[-1].piece, proto.pieces[-1].score, proto.pieces[-1].type) == ("[PAD]", 0, 1)
+    assert proto.trainer_spec == without.trainer_spec
+    assert not (tmp_path / "tokenizer.json").exists()
+    report = json.loads((tmp_path / "merge_report.json").read_text("utf-8"))
+    assert report["added"]["padding"] == ["[PAD]"]
+    assert report["no_tokenizer_json_because"]
+    transformers = pytest.importorskip("transformers", minversion="5")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    assert tokenizer.pad_token_id == len(proto.pieces) - 1
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the published models are not at hand")
+def test_the_published_model_with_padding_is_reproduced(tmp_path: Path) -> None:
+    tokenizers = SHARED / "tokenizers"
+    command = ["merge", "--base", tokenizers / "llama.model", "--extra", tokenizers / "chinese_sp.model"]
+    flags = ["--output", tmp_path, "--mode", "chinese-llama", "--add-pad-token"]
+    assert main([*map(str, [*command, *flags])]) == 0
+    content = (tmp_path / "tokenizer.model").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == "2d967e855b1213a439df6c8ce2791f869c84b4f3b6cfacf22b86440b8192a2f8"
+    report = json.loads((tmp_path / "merge_report.json").read_text("utf-8"))
+    assert report["pieces"] == 49954
+    assert len(report["lost_base_pieces"]) == 194
+    assert len(report["unreachable_new_pieces"]) == 346  # the 345 that are known, and [PAD]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published models are not at hand")
@@ -177,10 +206,20 @@ def test_bad_merge_requests(models: Path, tmp_path: Path, capsys: pytest.Capture
 
     assert "bad.model is not a SentencePiece model" in both(tmp_path / "bad.model", good)
     assert "--extra" in both(good, tmp_path / "none.model")
-    assert "cannot make this directory" in both(good, good, tmp_path / "bad.model" / "out")
+    unmakeable = tmp_path / "bad.model" / "out"
+    assert "cannot make this directory" in both(good, models / "zh.model", unmakeable, "--mode", "chinese-llama")
     assert "exists; choose another place" in both(good, good, models / "merged")
-    assert "invalid choice" in both(good, good, out, "--mode", "clean")
-    assert [path.name for path in tmp_path.iterdir()] == ["bad.model"]
+    assert "invalid choice" in both(good, good, out, "--mode", "best")
+    published = (good, models / "zh.model", out, "--mode", "chinese-llama")
+    assert "--target-size has no meaning with --mode chinese-llama" in both(*published, "--target-size", "500")
+    assert "--corpus has no meaning with --mode chinese-llama" in both(*published, "--corpus", str(good))
+    assert "there is no --corpus" in both(*published, "--json-key", "body")
+    assert "--extra adds nothing: the base has all of its" in both(good, good, out, "--mode", "chinese-llama")
+    (tmp_path / "padded").mkdir()
+    assert merge(models, tmp_path / "padded", "--add-pad-token") == 0
+    again = (tmp_path / "padded", models / "zh.model", out, "--mode", "chinese-llama", "--add-pad-token")
+    assert "--extra adds nothing" in both(*again)
+    assert not out.exists()
     assert merge(models, models / "merged", "--overwrite") == 0
 
 
