@@ -1,6 +1,7 @@
 """A merge that leaves the base as it is: the mode `clean`."""
 
 from collections.abc import Callable, Iterable
+from unicodedata import category
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
 
@@ -59,19 +60,19 @@ def merge_clean(
     if not found.pieces:
         raise TokenizerError("--extra has no Chinese piece that the base lacks: there is nothing to add")
     expected = _expected(found, known, extra.trainer_spec.character_coverage, left_by_normalization(base))
-    single = fit(base, expected.values, expected.frequency, room - int(room * _JOINT_GUESSED))
+    # Saved tokens do not make up for a common character or mark that the model can only spell in bytes.
+    marks = {text for text in found.pieces if len(text) == 1 and category(text).startswith("P")}
+    characters = marks | standard_characters().intersection(found.pieces)
+    single = fit(base, _first(characters, expected), expected.frequency, room - int(room * _JOINT_GUESSED))
     advance(1)
 
     if corpus:
         places = int(room * _JOINT_COUNTED)
-        # A corpus has few of the rare characters that other texts need: its pairs take the place of rare words.
-        characters = {text for text in single.order if len(text) == 1}
+        characters |= {text for text in single.order if len(text) == 1}
         expected = tune(base, expected, places, corpus)
-        ranked = {text: value + (text in characters) for text, value in expected.values.items()}
-        single = fit(base, ranked, expected.frequency, room - places)
+        single = fit(base, _first(characters, expected), expected.frequency, room - places)
     advance(1)
 
-    # Values are far below 1: what was chosen so far stays.
     chosen = fit(base, expected.joint | dict.fromkeys(single.order, 1.0), expected.frequency | expected.joint, room)
     if target_size and len(chosen.order) < room:
         most = target_size - room + len(chosen.order)
@@ -86,6 +87,11 @@ def merge_clean(
     given_up = {*single.unreachable, *chosen.unreachable}
     dropped = found.dropped | _left_out(found, expected, given_up, set(chosen.order))
     return Merged("clean", proto, len(base.pieces), len(extra.pieces), groups, dropped)
+
+
+def _first(chosen: set[str], expected: Expected) -> dict[str, float]:
+    """Values in which these come before all others: a value is far below 1."""
+    return {text: value + (text in chosen) for text, value in expected.values.items()}
 
 
 def _room(base: ModelProto, extra: ModelProto, target_size: int | None, pad: bool) -> int:

@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="results, and what a rerun reuses")
     parser.add_argument("--jobs", type=int, default=1, help="trials at once, one core each (default: 1)")
     parser.add_argument("--base-steps", type=int, default=1500, help="steps of the base model (default: 1500)")
-    parser.add_argument("--steps", type=int, default=300, help="steps after the expansion (default: 300)")
+    parser.add_argument("--steps", type=int, default=200, help="steps after the expansion (default: 200)")
     parser.add_argument("--base-vocab-size", type=int, default=3000, help="pieces of the base (default: 3000)")
     parser.add_argument("--extra-vocab-size", type=int, default=5000, help="pieces of the Chinese one (default: 5000)")
     parser.add_argument("--chinese-share", type=float, default=0.05, help="of the base model's text (default: 0.05)")
@@ -53,8 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def sweep(steps: int) -> list[Trial]:
     """For the learning rate of every regime."""
-    part = max(1, steps // 3)
-    return [Trial(f"rate/{regime}/{rate}", INIT, ((regime, rate, part),), part) for regime in REGIMES for rate in RATES]
+    half = max(1, steps // 2)
+    return [Trial(f"rate/{regime}/{rate}", INIT, ((regime, rate, half),), half) for regime in REGIMES for rate in RATES]
 
 
 def grid(rates: dict[str, float], steps: int) -> list[Trial]:

@@ -39,7 +39,7 @@ class Trial:
     name: str
     init: str | None
     stages: tuple[tuple[str, float, int], ...]
-    measure_every: int = 15
+    measure_every: int = 10
 
 
 @dataclasses.dataclass(frozen=True)

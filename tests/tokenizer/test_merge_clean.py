@@ -90,10 +90,10 @@ def test_the_promises_of_a_clean_merge(models: Path) -> None:
     known = {piece.piece for piece in base.pieces}
     new = [piece.piece for piece in extra.pieces if piece.piece not in known]
     assert len(proto.pieces) == len(base.pieces) + len(new) + 1  # no larger than the published rule, and [PAD]
-    published, merged, before = models / "published", load(models / "merged" / "tokenizer.model"), models / "en.model"
-    assert merge(models, published, "--mode", "chinese-llama") == 0
-    assert tokens(merged, CHINESE) < 0.6 * tokens(load(before), CHINESE)
-    assert tokens(merged, CHINESE) <= tokens(load(published / "tokenizer.model"), CHINESE)
+    characters = {text for text in new if len(text) == 1 and has_cjk(text)}
+    assert characters <= {piece.piece for piece in proto.pieces}
+    merged, before = load(models / "merged" / "tokenizer.model"), load(models / "en.model")
+    assert tokens(merged, CHINESE) < 0.6 * tokens(before, CHINESE)
 
 
 def test_padding_cannot_come_from_text(models: Path) -> None:
@@ -221,7 +221,7 @@ def test_punctuation_that_the_extra_model_folds_is_unfolded(models: Path, tmp_pa
     )
     folded = {piece.piece for piece in read_model("", tmp_path / "folded.model").pieces}
     assert "”," in folded
-    assert merge(models, tmp_path / "out", extra=str(tmp_path / "folded.model")) == 0
+    assert merge(models, tmp_path / "out", "--target-size", 440, extra=str(tmp_path / "folded.model")) == 0
     new = {piece.piece for piece in read_model("", tmp_path / "out").pieces[len(load(models / "en.model")) :]}
     assert "”，" in new
     assert not [piece for piece in new if "," in piece]
