@@ -73,15 +73,14 @@ CASES: dict[str, Layout] = {
 # Sweeps of the long run: what is left here are the combinations that have bitten someone.
 BY_DEFAULT = (
     "TP2 PP3",
-    "PP2 DP2 ZeRO",
-    "TP2 DP2 ZeRO-3, lora",
+    *(f"PP2 DP2 ZeRO-{zero}, {only}" for zero in range(4) for only in ("embeddings", "new rows", "lora")),
+    "PP2 DP2 ZeRO-3, last layer",
     "TP2 DP2 ZeRO-3, new rows",
     "PP2 zero-bubble",
     "PP2 DP2 zbv",
     "DP4",
-    "TP4",
+    "TP4 SP",
     "TP2 PP2",
-    "PP2 DP2 zbv ZeRO-1, tied",
 )
 MARKED = [pytest.param(name, marks=[] if name.startswith(BY_DEFAULT) else [pytest.mark.slow]) for name in CASES]
 
