@@ -5,8 +5,6 @@ from typing import Any
 
 Points = list[dict[str, float]]
 
-_LANGUAGES = ("chinese", "english")
-
 
 def write_report(folder: Path, trials: dict[str, Any], rates: dict[str, float], init: str) -> str:
     """Write results.md and results.png into `folder`; returns the text. init: the one that stages are compared with."""
@@ -78,13 +76,13 @@ def _compared(trials: dict[str, Any], init: str) -> dict[str, Points]:
 
 
 def _stages(trials: dict[str, Any], init: str) -> list[str]:
-    lines = [f"Rows begin as {init}; time is that of training alone, by that of full training", ""]
-    lines += ["| trained | Chinese | English | time |", "|---|---|---|---|"]
-    compared = _compared(trials, init)
-    full = compared["full"][-1]["seconds"]
-    for name, points in compared.items():
-        end = points[-1]
-        lines.append(f"| {name} | {end['chinese']:.3f} | {end['english']:.3f} | {end['seconds'] / full:.2f} |")
+    before = _before(trials)["chinese"]
+    lines = [f"One stage and two, the same number of steps; rows begin as {init}", ""]
+    lines += ["| trained | Chinese | English | steps to regain Chinese |", "|---|---|---|---|"]
+    for name, points in _compared(trials, init).items():
+        end, regained = points[-1], steps_to_regain(points, before)
+        shown = "-" if regained is None or name == "not expanded" else f"{regained:g}"
+        lines.append(f"| {name} | {end['chinese']:.3f} | {end['english']:.3f} | {shown} |")
     return lines
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,7 +162,7 @@ def merged(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def run_trial(setting: Setting, trial: Trial) -> dict[str, Any]:
-    """Train as the trial says. Returns its measurements: step, seconds of training, bits per character by language."""
+    """Train as the trial says. Returns its measurements: step, bits per character by language."""
     start_process()
     torch.manual_seed(setting.seed)
     model = setting.tokenizer(trial.init is not None)
@@ -177,18 +176,16 @@ def run_trial(setting: Setting, trial: Trial) -> dict[str, Any]:
     vocab_size = len(weights["embed_tokens.weight"])
     base_size = vocabulary(setting.tokenizer(expanded=False))
     points: list[dict[str, Any]] = []
-    done, seconds = 0, 0.0
+    done = 0
     for regime, lr, steps in trial.stages:
         engine = build(vocab_size, regime, base_size, lr, setting.seed)
         load(engine, weights)
         for step in range(steps + 1):
             if step % trial.measure_every == 0 and (step or not points):
                 figures = {language: measure.measure(engine) for language, measure in measures.items()}
-                points.append({"step": done + step, "seconds": seconds, **figures})
+                points.append({"step": done + step, **figures})
             if step < steps:
-                started = time.perf_counter()
                 engine.train_step(batches.take(), lr * min(1, (step + 1) / _WARMUP))
-                seconds += time.perf_counter() - started
         done += steps
         weights = merged(engine)
     return {"trial": dataclasses.asdict(trial), "points": points}
