@@ -122,8 +122,9 @@ def main() -> int:
     results = Results(options.output / "trials.json")
     results.run(setting, sweep(options.steps), options.jobs, "learning rates")
     rates = results.best_rates()
-    results.run(setting, grid(rates, options.steps), options.jobs, "trials")
-    print(write_report(options.output, results.by_name, rates, INIT))
+    trials = grid(rates, options.steps)
+    results.run(setting, trials, options.jobs, "trials")
+    print(write_report(options.output, {trial.name: results.by_name[trial.name] for trial in trials}, rates, INIT))
     return 0
 
 

@@ -28,7 +28,7 @@ def _grid_trials(trials: dict[str, Any]) -> dict[tuple[str, str], Points]:
     return {
         (trial["trial"]["stages"][0][0], trial["trial"]["init"]): trial["points"]
         for name, trial in trials.items()
-        if name.count("/") == 1
+        if "/" in name
     }
 
 
@@ -101,7 +101,6 @@ def _draw(file: Path, trials: dict[str, Any], init: str) -> None:
             axes.plot([p["step"] for p in points], [p[language] for p in points], label=name, **style)
         axes.axhline(before[language], color="black", linewidth=0.8, linestyle="--", label="before the expansion")
         axes.set(title=title, xlabel="step", ylabel=f"bits per {language.capitalize()} character", ylim=limits)
-        axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
 
     by_init, by_init_alone = (
@@ -114,8 +113,10 @@ def _draw(file: Path, trials: dict[str, Any], init: str) -> None:
         return values[0] - 0.05 * (high - values[0]), max(high, before[language]) * 1.02
 
     curves(left, compared, "chinese", f"What is trained (rows begin as {init})", limits(compared, "chinese"))
-    curves(right, compared, "english", "What it costs in English", limits(compared, "english"))
+    curves(right, compared, "english", "What it costs in English (colours as on the left)", limits(compared, "english"))
     curves(low_left, by_init, "chinese", "How rows begin: full training", limits(by_init, "chinese"))
     curves(low_right, by_init_alone, "chinese", "How rows begin: embeddings only", limits(by_init_alone, "chinese"))
+    for axes in (left, low_left, low_right):
+        axes.legend(fontsize=8, loc="upper right")
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
