@@ -32,7 +32,7 @@ def read_model(flag: str, path: Path) -> ModelProto:
     except Exception:  # protobuf's DecodeError, whose module differs between its implementations
         proto = ModelProto()
     if not proto.pieces:
-        raise TokenizerError(f"{flag} {file} is not a SentencePiece model")
+        raise TokenizerError(f"{flag} {file} is not a SentencePiece model, or not the whole of one")
     if not proto.HasField("trainer_spec"):  # follows the pieces: a cut between two fields parses well
         raise TokenizerError(f"{flag} {file}: the end of this SentencePiece model is missing; copy it again")
     return proto

@@ -81,7 +81,7 @@ def read_bytes(flag: str, path: Path) -> bytes:
 def _processor(flag: str, path: Path, content: bytes) -> "SentencePieceProcessor":
     import sentencepiece
 
-    problem = "is not a SentencePiece model"
+    problem = "is not a SentencePiece model, or not the whole of one"
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=content)
         if model.vocab_size() > 0:
