@@ -82,15 +82,22 @@ BY_DEFAULT = (
     "TP4 SP",
     "TP2 PP2",
 )
-MARKED = [pytest.param(name, marks=[] if name.startswith(BY_DEFAULT) else [pytest.mark.slow]) for name in CASES]
+FLOAT32_BY_DEFAULT = tuple(
+    f"{layout}, {only}" for layout in ("TP2 PP3", "PP2 DP2 ZeRO-2") for only in ("embeddings", "new rows", "lora")
+)
+MARKED = [
+    pytest.param(name, dtype, marks=[] if name.startswith(chosen) else [pytest.mark.slow])
+    for dtype, chosen in (("float64", BY_DEFAULT), ("float32", FLOAT32_BY_DEFAULT))
+    for name in CASES
+]
 
 
-@pytest.mark.parametrize("name", MARKED)
-def test_layout_equals_one_process(pool: Pool, reference: Reference, name: str) -> None:
-    config = tiny(params_dtype="float64", **CASES[name].options)
+@pytest.mark.parametrize("name, dtype", MARKED)
+def test_layout_equals_one_process(pool: Pool, reference: Reference, name: str, dtype: str) -> None:
+    config = tiny(params_dtype=dtype, **CASES[name].options)
     expected = reference(config)
     runs = pool.run(train, CASES[name].ranks, config, False, (0, STEPS // 2))
-    assert_parity(runs, expected, name, "float64")
+    assert_parity(runs, expected, name, dtype)
     before = pool.run(initial_weights, CASES[name].ranks, config)
     for run, weights in zip(runs, before, strict=True):
         assert_only_the_trained_changed(run, weights, config.trainable, tied=config.model.tied)
