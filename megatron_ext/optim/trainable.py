@@ -115,11 +115,11 @@ def describe(selections: list[Selection]) -> list[str]:
     width = max(len(s.name) for s in selections)
     lines = []
     for s in selections:
-        fate = "frozen" if not s.trained else f"trained from row {s.first_row}" if s.first_row else "trained"
+        fate = "frozen" if not s.trained else f"trainable from row {s.first_row}" if s.first_row else "trainable"
         shape = " x ".join(map(str, s.shape)) + (f", {s.count} times" if s.count > 1 else "")
         lines.append(f"{s.name:{width}}  {s.trained or s.frozen:>16,}  {fate} ({shape})")
     share = trained / (trained + frozen)
-    return [*lines, f"{trained:,} of {trained + frozen:,} parameters are trained ({share:.2%}), {frozen:,} frozen"]
+    return [*lines, f"{trained:,} of {trained + frozen:,} parameters are trainable ({share:.2%}), {frozen:,} frozen"]
 
 
 def _ranges(numbers: list[int]) -> str:

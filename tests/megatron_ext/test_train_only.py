@@ -12,7 +12,7 @@ from megatron_ext.errors import RequestError
 from megatron_ext.mesh import build_grid
 from megatron_ext.models import parameter_shapes
 from megatron_ext.optim import TrainableConfig
-from megatron_ext.optim.trainable import select
+from megatron_ext.optim.trainable import describe, select
 from tests.distributed import Pool
 from tests.megatron_ext.hugging_face import llama_like
 from tests.megatron_ext.layouts import Layout, Reference, assert_parity, layout
@@ -301,6 +301,15 @@ def test_every_parameter_is_listed_once_as_trained_or_frozen(only: str) -> None:
         if trainable.trains(name)
     )
     assert sum(s.trained for s in selections) == expected > 0
+
+
+def test_the_list_says_what_is_trainable_and_how_much() -> None:
+    trainable, all_shapes = shapes(**ONLY["new rows"])
+    lines = describe(select(trainable, all_shapes))
+    assert lines[0].split() == ["embed_tokens.weight", "1,120", "trainable", "from", "row", "61", "(96", "x", "32)"]
+    assert lines[1].split() == ["layers.0-3.input_layernorm.weight", "128", "frozen", "(32,", "4", "times)"]
+    assert lines[-1] == "2,240 of 41,248 parameters are trainable (5.43%), 39,008 frozen"
+    assert describe(select(TrainableConfig(), all_shapes)) == []
 
 
 def test_layers_of_one_fate_share_a_line() -> None:
