@@ -26,6 +26,7 @@ from tests.pretrain.test_data import write_corpus
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 NEW_ROWS = {"train_only": "new-rows", "train_output_embeddings": True, "base_vocab_size": 61}
+LORA = {"train_only": "lora", "lora_target_modules": ["k_proj", "o_proj"]}
 Tensors = dict[str, torch.Tensor]
 Named = list[tuple[str, torch.Tensor]]
 
@@ -60,7 +61,7 @@ def interrupted(pool: Pool, ranks: int, folder: Path, **flags: Any) -> None:
         pytest.param(4, {TP: 2, PP: 2, "sequence_parallel": True}, id="TP2 SP PP2"),
         pytest.param(4, {PP: 2, "pipeline_schedule": "zbv", "zero_stage": 3}, id="PP2 zbv DP2 ZeRO-3"),
         pytest.param(4, {TP: 2, "zero_stage": 3} | NEW_ROWS, id="TP2 DP2 ZeRO-3, new rows"),
-        pytest.param(4, {TP: 2, PP: 2, "train_only": "lora", "lora_dropout": 0.2}, id="TP2 PP2, LoRA with dropout"),
+        pytest.param(2, {TP: 2, "lora_dropout": 0.2} | LORA, id="TP2, LoRA with dropout"),
         pytest.param(1, {"fp16": True, "initial_loss_scale": 2**20, "loss_scale_window": 4}, id="fp16"),
     ],
 )
@@ -93,7 +94,7 @@ def test_real_processes_are_bitwise_too(pool: Pool, corpus: str, tmp_path: Path)
         ((4, {TP: 2, PP: 2}), (2, {"zero_stage": 3}), {}),
         ((1, {}), (8, {TP: 2, PP: 2, "zero_stage": 2, "sequence_parallel": True}), {}),
         ((4, {TP: 2, "zero_stage": 2}), (2, {PP: 2, "pipeline_schedule": "zbv"}), NEW_ROWS),
-        ((4, {PP: 2, "zero_stage": 3}), (2, {TP: 2}), {"train_only": "lora", "lora_dropout": 0}),
+        ((4, {PP: 2, "zero_stage": 3}), (2, {TP: 2}), {"lora_dropout": 0} | LORA),
     ],
     ids=[
         "TP2 PP2 to DP2 ZeRO-3",
