@@ -18,12 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from benchmarks.device import on_device
 from megatron_ext.engine import BatchConfig, Engine, EngineConfig, RecomputeConfig
-from megatron_ext.errors import RequestError
 from megatron_ext.kernels import KernelConfig
-from megatron_ext.mesh import ParallelConfig, build_grid, init_distributed
+from megatron_ext.mesh import ParallelConfig, build_grid
 from megatron_ext.models import preset
 from megatron_ext.models.count import flops_per_token, parameters
 from megatron_ext.optim import PrecisionConfig
@@ -169,21 +168,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of the device, where its name is unknown")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="measure transformers too")
     options = parser.parse_args(arguments)
-    device = init_distributed()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__} on {name}")
-    try:
+
+    def work(device: torch.device) -> None:
         for key in options.case:
             case = cases[key]
             if options.micro_batch_size:
                 case = dataclasses.replace(case, micro_batch_size=options.micro_batch_size)
             run_case(case, options, device)
-    except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        dist.destroy_process_group()
-    return 0
+
+    return on_device(work)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from benchmarks.device import on_device
 from megatron_ext.engine import BatchConfig, Engine, EngineConfig
-from megatron_ext.errors import RequestError
-from megatron_ext.mesh import ParallelConfig, build_grid, init_distributed
-from megatron_ext.models import ModelConfig, parameter_shapes, preset, preset_names
-from megatron_ext.models.count import flops_per_token
+from megatron_ext.mesh import ParallelConfig, build_grid
+from megatron_ext.models import ModelConfig, preset, preset_names
 from megatron_ext.optim import PrecisionConfig, TrainableConfig
-from megatron_ext.optim.trainable import select, trained_in_products
 from megatron_ext.zero import ZeroConfig
+from pretrain.throughput import run_flops
 from tools.conversion.llama import to_hf_config
 
 _NEW_SHARE = 0.36  # of the rows: 17,953 of 49,953, as in Chinese-LLaMA
@@ -74,15 +72,12 @@ def ours(model: ModelConfig, batch: BatchConfig, trainable: TrainableConfig, dev
     engine = Engine(config, build_grid(ParallelConfig(), device))
     ids = tokens(model, batch, device)
     data = {"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
-    shapes = parameter_shapes(model, config.adapters)
-    adapters = sum(shape.numel() for name, shape in shapes.items() if ".lora." in name)
-    trained = trained_in_products(select(trainable, shapes), model.tied)
     contender = Contender(
         step=lambda: engine.train_step(data, lr=1e-4),
         weights=[_local(p) for p in engine.parameters.values()],
         trained=list(engine.optimizer.params.values()),
         moments=lambda: (_local(m) for name in engine.optimizer.params for m in _held(engine, name)),
-        flops_per_token=flops_per_token(model, batch.seq_length, False, trained, adapters),
+        flops_per_token=run_flops(config, causal=False),
     )
     update = engine.optimizer.step
 
@@ -211,17 +206,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="measure transformers too")
     options = parser.parse_args(arguments)
-    device = init_distributed()
-    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__} on {name}")
-    try:
-        run(options, device)
-    except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        dist.destroy_process_group()
-    return 0
+    return on_device(lambda device: run(options, device))
 
 
 if __name__ == "__main__":

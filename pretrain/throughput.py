@@ -8,6 +8,7 @@ from megatron_ext.engine import EngineConfig
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models import parameter_shapes
 from megatron_ext.models.count import flops_per_token
+from megatron_ext.models.names import is_adapter
 from megatron_ext.optim.trainable import select, trained_in_products
 
 # dense bf16 peak in TFLOP/s by a part of the device's name; sources: the vendors' datasheets
@@ -35,17 +36,20 @@ def peak_tflops(device: torch.device) -> float | None:
     return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
 
 
+def run_flops(config: EngineConfig, causal: bool) -> float:
+    """Model FLOPs per token of what is trained, adapters included; see `flops_per_token`."""
+    shapes = parameter_shapes(config.model, config.adapters)
+    trained = trained_in_products(select(config.trainable, shapes), config.model.tied)
+    adapters = sum(shape.numel() for name, shape in shapes.items() if is_adapter(name))
+    return flops_per_token(config.model, config.batch.seq_length, causal, trained, adapters)
+
+
 class Throughput:
     """Figures of a step from the seconds it took."""
 
     def __init__(self, config: EngineConfig, grid: ProcessGrid, peak: float | None):
-        batch, shapes = config.batch, parameter_shapes(config.model, config.adapters)
-        trained = trained_in_products(select(config.trainable, shapes), config.model.tied)
-        adapters = sum(shape.numel() for name, shape in shapes.items() if ".lora." in name)
-        self._flops = {
-            name: flops_per_token(config.model, batch.seq_length, causal, trained, adapters)
-            for name, causal in (("full", False), ("causal", True))
-        }
+        batch = config.batch
+        self._flops = {name: run_flops(config, causal) for name, causal in (("full", False), ("causal", True))}
         assert batch.global_batch_size is not None
         self._tokens, self._grid = batch.global_batch_size * batch.seq_length, grid
         self._peak = peak if peak is not None else peak_tflops(grid.device)

@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     sizes.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the figures; .png or .svg")
 
     for command in (checks, sizes):
-        command.add_argument("--json-key", default="text", metavar="KEY", help="where the text is (default: text)")
+        command.add_argument("--json-key", metavar="KEY", help="where the text is (default: text)")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures for programs")
         command.add_argument("--markdown", type=Path, metavar="FILE", help="write the report as a page")
         command.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -169,7 +169,7 @@ def run_merge(args: argparse.Namespace) -> int:
 def run_audit(args: argparse.Namespace) -> int:
     """Print and write what is wrong with a tokenizer; gives the exit code."""
     outputs = _outputs(args)
-    result = audit(args.tokenizer, args.base, args.input, args.json_key, args.quiet)
+    result = audit(args.tokenizer, args.base, args.input, args.json_key or "text", args.quiet)
     contents = {
         "--json": lambda: _json(audit_report.as_json(result)),
         "--markdown": lambda: audit_report.as_markdown(result).encode(),
@@ -188,7 +188,7 @@ def run_compare(args: argparse.Namespace) -> int:
             raise TokenizerError(f"--picture {args.picture}: the name must end in .png or .svg")
         require_matplotlib()
     tokenizers = [open_tokenizer("--tokenizer", path) for path in args.tokenizer]
-    records = compare(tokenizers, args.input, args.json_key, args.quiet)
+    records = compare(tokenizers, args.input, args.json_key or "text", args.quiet)
     contents = {
         "--json": lambda: _json(records),
         "--markdown": lambda: compare_report.as_markdown(records).encode(),
@@ -201,8 +201,12 @@ def run_compare(args: argparse.Namespace) -> int:
 
 def _outputs(args: argparse.Namespace) -> dict[str, Path]:
     """The flags that name a file to write, checked."""
-    named = {f"--{name}": getattr(args, name, None) for name in ("json", "markdown", "picture")}
+    named = {f"--{name}": getattr(args, name) for name in ("json", "markdown", "picture") if hasattr(args, name)}
     outputs = {flag: path for flag, path in named.items() if path}
+    if args.overwrite and not outputs:
+        raise TokenizerError(f"--overwrite has no effect without {', '.join(named)}")
+    if args.json_key and not args.input:
+        raise TokenizerError("--json-key has no effect without --input")
     check_outputs(outputs, args.overwrite)
     sources = {path.resolve() for path in args.input}
     for flag, path in outputs.items():

@@ -10,6 +10,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 
 from tokenizer.errors import TokenizerError
 from tokenizer.files import read_model
+from tokenizer.merge import PAD
 from tokenizer.reachable import encoder_alone
 
 # An old id, and how many characters it stands for: a byte of a character of three bytes stands for a third.
@@ -17,7 +18,6 @@ Part = tuple[int, Fraction]
 
 _TEXT = (ModelProto.SentencePiece.NORMAL, ModelProto.SentencePiece.USER_DEFINED)
 _BYTE = ModelProto.SentencePiece.BYTE
-_PADDING = "[PAD]"  # Chinese-Alpaca's, which is of type normal
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _check_extends(old: ModelProto, new: ModelProto, new_name: str, old_name: st
 
 def _texts(model: ModelProto, first: int) -> list[str]:
     """What the pieces from id `first` on stand for; nothing for control pieces and padding."""
-    special = {model.trainer_spec.pad_piece, _PADDING}
+    special = {model.trainer_spec.pad_piece, PAD}  # Chinese-Alpaca's is of type normal
     return [piece.piece if piece.type in _TEXT and piece.piece not in special else "" for piece in model.pieces[first:]]
 
 

@@ -15,7 +15,7 @@ from megatron_ext.mesh import ParallelConfig, build_grid, init_distributed
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.expand import Expansion
 from megatron_ext.optim import OptimizerConfig, TrainableConfig, learning_rate
-from megatron_ext.tensor_parallel import LoraConfig
+from megatron_ext.tensor_parallel import LoraConfig, adapter_product
 from megatron_ext.zero import ZeroConfig
 from tokenizer.decompose import decompose
 
@@ -157,7 +157,7 @@ def merged(engine: Engine) -> dict[str, torch.Tensor]:
     for name in [name for name in weights if name.endswith(".lora.a")]:
         linear = name.removesuffix(".lora.a")
         a, b = weights.pop(name), weights.pop(f"{linear}.lora.b")
-        weights[f"{linear}.weight"] += engine.config.lora.scale * (b.T @ a)
+        weights[f"{linear}.weight"] += adapter_product(a, b, engine.config.lora.scale)
     return weights
 
 

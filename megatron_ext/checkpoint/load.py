@@ -28,6 +28,7 @@ from megatron_ext.engine import Engine
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models.expand import Expansion
+from megatron_ext.models.names import is_adapter
 
 _VOCABULARY_KEYS = {MODEL + name for name in VOCABULARY_MATRICES}
 
@@ -55,7 +56,7 @@ def load_checkpoint(
     with_optimizer = manifest.has_optimizer and not weights_only
     state = model_state(engine, for_saving=False)
     if manifest.lora is None:  # new adapters keep their initial values, with which they change nothing
-        state = {key: value for key, value in state.items() if ".lora." not in key}
+        state = {key: value for key, value in state.items() if not is_adapter(key)}
     if with_optimizer:
         state |= optimizer_state(engine, for_saving=False)
     resized = {key: state.pop(key) for key in _VOCABULARY_KEYS & state.keys()} if expansion is not None else {}

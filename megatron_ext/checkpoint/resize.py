@@ -6,8 +6,9 @@ import torch
 
 from megatron_ext.checkpoint.read import Weights
 from megatron_ext.models.expand import Expansion, NewRows
+from megatron_ext.models.names import EMBEDDING, HEAD
 
-VOCABULARY_MATRICES = ("embed_tokens.weight", "lm_head.weight")
+VOCABULARY_MATRICES = (EMBEDDING, HEAD)
 
 
 class ResizedWeights:

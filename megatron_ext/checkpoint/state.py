@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.engine import Engine
+from megatron_ext.models.names import EMBEDDING
 from megatron_ext.optim.optimizer import MOMENTS
 
 State = dict[str, torch.Tensor]
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 STEPS, LOSS_SCALER = "optimizer.steps", "loss_scaler"
-EMBEDDING = "embed_tokens.weight"
 
 
 def checkpoint_name_of(engine: Engine, name: str) -> str:

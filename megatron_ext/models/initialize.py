@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megatron_ext.models.config import ModelConfig
+from megatron_ext.models.names import EMBEDDING, HEAD
 
 _ROWS_PER_BLOCK = 1024
 
@@ -67,6 +68,6 @@ def initialize_weights(model: nn.Module, config: ModelConfig, seed: int) -> None
             local.fill_(1.0)
         else:
             _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-            if config.tied and name == "lm_head.weight":
-                name = "embed_tokens.weight"
+            if config.tied and name == HEAD:
+                name = EMBEDDING
             normal_slice(param.shape, offset, local, _standard_deviation(name, param.shape, config), name, seed)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from megatron_ext.errors import RequestError
+from megatron_ext.models.names import EMBEDDING, HEAD, is_adapter
 from megatron_ext.option import option, refuse_unused
 
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 MODES = ("embeddings", "new-rows", "lora")
 
 
@@ -45,21 +45,27 @@ class TrainableConfig:
             )
         if tied and self.train_output_embeddings:
             raise RequestError("--train-output-embeddings has no effect on a tied model: its two matrices are one")
-        if not any(self.trains(name) for name in names):
-            raise RequestError(
-                f"--train-only {self.train_only}: no parameter has such a name; give one of {', '.join(MODES)}, "
-                "or a pattern such as layers.*.mlp.*"
-            )
+        known = list(names)
+        for pattern in self._patterns:
+            if not any(fnmatchcase(name, pattern) for name in known):
+                raise RequestError(
+                    f"--train-only {pattern}: no parameter has such a name; give one of {', '.join(MODES)}, "
+                    "or a pattern such as layers.*.mlp.*"
+                )
+
+    @property
+    def _patterns(self) -> list[str]:
+        return [] if self.train_only is None or self.train_only in MODES else self.train_only.split(",")
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of this global name is trained, at least some of its rows."""
         if self.train_only is None:
             return True
         if self.train_only == "lora":
-            return ".lora." in name or name in (EMBEDDING, HEAD)
+            return is_adapter(name) or name in (EMBEDDING, HEAD)
         if self.train_only in MODES:
             return name == EMBEDDING or (self.train_output_embeddings and name == HEAD)
-        return any(fnmatchcase(name, pattern) for pattern in self.train_only.split(","))
+        return any(fnmatchcase(name, pattern) for pattern in self._patterns)
 
     def first_row(self, name: str) -> int:
         """The first row of a trained parameter that is trained."""

@@ -13,7 +13,7 @@ from megatron_ext.tensor_parallel.layers import (
     VocabParallelEmbedding,
     column_parallel,
 )
-from megatron_ext.tensor_parallel.lora import LoraConfig, add_adapters
+from megatron_ext.tensor_parallel.lora import LoraConfig, adapter_product, add_adapters
 from megatron_ext.tensor_parallel.storage import distribute_parameters, tp_shard_range
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "RowParallelLinear",
     "TensorParallel",
     "VocabParallelEmbedding",
+    "adapter_product",
     "add_adapters",
     "column_parallel",
     "distribute_parameters",

@@ -88,6 +88,11 @@ class RowAdapter(_Adapter):
         return F.linear(low, local(self.b, x.dtype, partial_grad=self.tp.sequence_parallel).T)
 
 
+def adapter_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """What an adapter adds to the weight beside it: A [rank, in] and B [rank, out] -> [out, in]."""
+    return scale * (b.T @ a)
+
+
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     """Put an adapter, `NAME.lora`, beside every linear layer of `model` whose own name is a target."""
     for name, module in list(model.named_modules()):

@@ -322,6 +322,7 @@ def test_layers_of_one_fate_share_a_line() -> None:
     "options, message",
     [
         ({"train_only": "embedding"}, "no parameter has such a name; give one of embeddings, new-rows, lora"),
+        ({"train_only": "layers.*,embed"}, "--train-only embed: no parameter has such a name"),
         ({"train_only": "new-rows"}, "needs --base-vocab-size"),
         ({"train_only": "new-rows", "base_vocab_size": 96}, "--base-vocab-size 96: must be from 1 to 95"),
         ({"train_only": "embeddings", "base_vocab_size": 9}, "--base-vocab-size 9 has no effect without --train-only"),

@@ -242,6 +242,8 @@ def test_bad_requests(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--json", tmp_path / "a", "--markdown", tmp_path / "a"], "is the file of --json too"),
         (["--input", tmp_path / "empty.txt", "--json", tmp_path / "empty.txt", "--overwrite"], "write over --input"),
         (["--strictly"], "unrecognized arguments"),
+        (["--overwrite"], "--overwrite has no effect without --json, --markdown"),
+        (["--json-key", "body"], "--json-key has no effect without --input"),
     ]
     before = sorted(tmp_path.rglob("*"))
     for flags, message in cases:

@@ -7,19 +7,10 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from tests.tokenizer.samples import CHINESE, ENGLISH
 from tokenizer.__main__ import main
 from tokenizer.files import read_model, write_files
 
-ENGLISH = [
-    "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
-    "Training a language model needs text, time and patience; 12345 tokens are not enough.",
-    "    indented code = [1, 2, 3]",
-]
-CHINESE = [
-    "人工智能是计算机科学、心理学、哲学等学科融合的交叉学科。",
-    "语言模型的训练需要大量的文本，人工智能的训练也需要大量的时间。",
-    "科学家说：“计算机科学是一门学科。”",
-]
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 

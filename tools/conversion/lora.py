@@ -5,7 +5,7 @@ import functools
 import torch
 
 from megatron_ext.checkpoint.read import Weights
-from megatron_ext.tensor_parallel import LoraConfig
+from megatron_ext.tensor_parallel import LoraConfig, adapter_product
 
 _A, _B = ".lora.a", ".lora.b"
 
@@ -31,7 +31,7 @@ class MergedWeights:
             return rows
         dtype = torch.promote_types(rows.dtype, torch.float32)
         a, b = (self._read_whole(adapter + part).to(dtype) for part in (_A, _B))
-        return (rows.to(dtype) + self._scale * (b[:, start:stop].T @ a)).to(rows.dtype)
+        return (rows.to(dtype) + adapter_product(a, b[:, start:stop], self._scale)).to(rows.dtype)
 
     def _read(self, name: str) -> torch.Tensor:
         return self._weights.read_rows(name, 0, self._weights.shapes[name][0])
