@@ -79,7 +79,7 @@ def work(options: argparse.Namespace) -> int:
     if options.tokenizer is not None:
         tokenizer = Path(options.tokenizer)
         ids = tokenizer_files.token_ids(tokenizer_files.read(tokenizer, source.model.vocab_size))
-        source = dataclasses.replace(source, tokenizer=tokenizer, token_ids=ids)
+        source = source.with_tokenizer(tokenizer, ids)
     with _appearing(output) as folder:
         _write(source, folder, options)
         if resized is not None:

@@ -11,8 +11,8 @@ from megatron_ext.models import ModelConfig
 from megatron_ext.models.expand import Expansion
 from megatron_ext.optim import TrainableConfig
 
-# fields that change no stored tensor: a checkpoint may be continued with other values of these
-_FREE_FIELDS = frozenset({"init_method_std", "max_position_embeddings", "norm_epsilon"})
+# fields that change no stored tensor and that people change on purpose: a checkpoint may be continued with others
+_FREE_FIELDS = frozenset({"init_method_std", "max_position_embeddings", "norm_epsilon", "rotary_base", "window_size"})
 _FREE_LORA_FIELDS = ("lora_dropout",)
 _RESIZE_REMEDY = (
     "; to give a larger vocabulary's rows values, add --finetune --embedding-init METHOD --base-tokenizer-model OLD, "
@@ -33,7 +33,10 @@ def check_compatible(
         stored_model["vocab_size"] = expansion.new_size
     for name, wanted in dataclasses.asdict(model.resolved()).items():
         stored = stored_model[name]
-        if name not in _FREE_FIELDS and stored != wanted and not name.startswith(("rope", "rotary")):
+        free = name in _FREE_FIELDS or name.startswith("rope_")
+        if name == "max_position_embeddings" and model.position_embedding_type == "learned_absolute":
+            free = False  # there it is the number of rows of a table
+        if stored != wanted and not free:
             remedy = _RESIZE_REMEDY if name == "vocab_size" and stored < wanted else ""
             raise RequestError(
                 f"--load {checkpoint}: its model has {name} {stored}, the run asks for {wanted} "

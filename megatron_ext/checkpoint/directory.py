@@ -5,9 +5,11 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.checkpoint.digest import sha256_of
 from megatron_ext.errors import RequestError
 
 FORMAT_VERSION = 1
@@ -20,7 +22,9 @@ class Manifest:
     """What a checkpoint says of itself.
 
     trainable: fields of the TrainableConfig with which it was trained. lora: fields of its adapters' LoraConfig, None
-    where there are none. files: size in bytes of every other file in it.
+    where there are none. hugging_face: contents of config.json and generation_config.json, by file name, of the Hugging
+    Face model that the weights came from, for the way back. files: size in bytes of every other file in it. sha256: hex
+    digest of each of `files`; empty in checkpoints of older versions.
     """
 
     iteration: int
@@ -31,7 +35,9 @@ class Manifest:
     has_optimizer: bool
     trainable: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
+    hugging_face: dict[str, Any] | None = None
     files: dict[str, int] = dataclasses.field(default_factory=dict)
+    sha256: dict[str, str] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
@@ -49,16 +55,19 @@ def replaced_path(root: Path, name: str) -> Path:
     return root / f".{name}.old"
 
 
+def leftovers(root: Path) -> list[Path]:
+    """What a killed run left unfinished: checkpoints that were being written or stood aside."""
+    return [path for kind in ("old", "tmp") for path in sorted(root.glob(f".iter_*.{kind}"))]
+
+
 def remove_partials(root: Path) -> None:
     """Clear away what a killed run left unfinished."""
-    for old in root.glob(".iter_*.old"):
-        final = root / old.name.removeprefix(".").removesuffix(".old")
-        if final.exists():
-            shutil.rmtree(old)
+    for path in leftovers(root):
+        final = root / path.name.removeprefix(".").removesuffix(".old")
+        if path.suffix == ".tmp" or final.exists():
+            shutil.rmtree(path)
         else:  # killed between the two renames
-            os.replace(old, final)
-    for path in root.glob(".iter_*.tmp"):
-        shutil.rmtree(path)
+            os.replace(path, final)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -73,11 +82,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def publish(root: Path, manifest: Manifest) -> Path:
-    """Turn the finished partial directory into the checkpoint, and make it the latest."""
+    """Turn the finished partial directory into the checkpoint, and make it the latest.
+
+    manifest: its `files` are filled in here, and in `sha256` the digests that are not there yet.
+    """
     partial = partial_path(root, manifest.iteration)
     final = root / checkpoint_name(manifest.iteration)
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    complete = dataclasses.replace(manifest, files=sizes)
+    digests = {name: manifest.sha256.get(name) or sha256_of(partial / name) for name in sizes}
+    complete = dataclasses.replace(manifest, files=sizes, sha256=digests)
     write_text(partial / MANIFEST, json.dumps(dataclasses.asdict(complete), indent=2) + "\n")
     replaced = replaced_path(root, final.name)
     if final.exists():
@@ -103,37 +116,50 @@ def has_checkpoints(path: str | Path) -> bool:
     return (Path(path) / LATEST).is_file() or (Path(path) / MANIFEST).is_file()
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that `--load PATH` means: PATH itself, or the one that PATH/latest names."""
+def find_checkpoint(path: str | Path, flag: str = "--load") -> Path:
+    """The checkpoint that `flag PATH` means: PATH itself, or the one that PATH/latest names."""
     path = Path(path)
     if (path / MANIFEST).is_file():
         return path
     if not path.is_dir():
-        raise RequestError(f"--load {path}: no such directory")
+        raise RequestError(f"{flag} {path}: no such directory")
     if not (path / LATEST).is_file():
-        raise RequestError(f"--load {path}: neither a checkpoint ({MANIFEST}) nor a folder of checkpoints ({LATEST})")
+        raise RequestError(f"{flag} {path}: neither a checkpoint ({MANIFEST}) nor a folder of checkpoints ({LATEST})")
     name = (path / LATEST).read_text(encoding="utf-8").strip()
     for checkpoint in (path / name, replaced_path(path, name)):
         if (checkpoint / MANIFEST).is_file():
             return checkpoint
-    raise RequestError(f"--load {path}: its '{LATEST}' names {name!r}, which is not a complete checkpoint there")
+    raise RequestError(f"{flag} {path}: its '{LATEST}' names {name!r}, which is not a complete checkpoint there")
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
+def read_manifest(checkpoint: Path, flag: str = "--load") -> Manifest:
     """Read and check a checkpoint's manifest: version, and that every file is there with its full size."""
+    manifest = parse_manifest(checkpoint, flag)
+    for name, problem in incomplete_files(checkpoint, manifest):
+        raise RequestError(f"{flag} {checkpoint}: incomplete checkpoint, {name} {problem}")
+    return manifest
+
+
+def parse_manifest(checkpoint: Path, flag: str = "--load") -> Manifest:
+    """The manifest, whatever has become of the files that it names."""
     try:
-        fields = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        manifest = Manifest(**fields)
+        manifest = Manifest(**json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
+        for name in ("model", "layout", "files", "sha256"):
+            if not isinstance(getattr(manifest, name), dict):
+                raise TypeError(f"its {name} is no table")
     except (OSError, ValueError, TypeError) as error:
-        raise RequestError(f"--load {checkpoint}: unreadable {MANIFEST} ({error})") from error
+        raise RequestError(f"{flag} {checkpoint}: unreadable {MANIFEST} ({error})") from error
     if manifest.format_version != FORMAT_VERSION:
         raise RequestError(
-            f"--load {checkpoint}: format version {manifest.format_version}, this program reads {FORMAT_VERSION}"
+            f"{flag} {checkpoint}: format version {manifest.format_version}, this program reads {FORMAT_VERSION}"
         )
+    return manifest
+
+
+def incomplete_files(checkpoint: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Every file that is missing or has not its full size, and what is wrong with it."""
     for name, size in manifest.files.items():
         file = checkpoint / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:
-            problem = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise RequestError(f"--load {checkpoint}: incomplete checkpoint, {name} {problem}")
-    return manifest
+            yield name, "is missing" if found is None else f"has {found} bytes instead of {size}"

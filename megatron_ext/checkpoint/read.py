@@ -1,6 +1,8 @@
 """Reading a checkpoint's weights in one process, whatever layout wrote it, as much at a time as is asked for."""
 
-from collections.abc import Iterable
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +14,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_ext.checkpoint.state import MODEL
+from megatron_ext.errors import RequestError
 
 
 class Weights(Protocol):
@@ -29,29 +32,80 @@ class Weights(Protocol):
         ...
 
 
-class WeightReader:
-    """The `Weights` of one native checkpoint. Needs no process group."""
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a weight lies in a checkpoint.
 
-    def __init__(self, checkpoint: Path):
-        self._reader = dcp.FileSystemReader(checkpoint)
+    Attributes:
+        key: name of the stored tensor that it is, or that it is a slice of.
+        index, count: it is the `index`-th of `count` weights of one shape, which the stored tensor stacks along a
+            leading dimension. None and 1: the stored tensor is the weight.
+    """
+
+    key: str
+    index: int | None = None
+    count: int = 1
+
+    def rows(self, start: int, shape: torch.Size) -> ChunkStorageMetadata:
+        """The part of the stored tensor that is `shape[0]` rows of the weight, from `start` on."""
+        offsets = [start, *[0] * (len(shape) - 1)]
+        if self.index is None:
+            return ChunkStorageMetadata(torch.Size(offsets), shape)
+        return ChunkStorageMetadata(torch.Size([self.index, *offsets]), torch.Size([1, *shape]))
+
+
+def _native(sizes: dict[str, torch.Size]) -> dict[str, Place]:
+    return {key.removeprefix(MODEL): Place(key) for key in sizes if key.startswith(MODEL)}
+
+
+class WeightReader:
+    """The `Weights` of one checkpoint. Needs no process group.
+
+    places: sizes of the stored tensors -> where the weights lie, by name. By default as in native checkpoints.
+    """
+
+    def __init__(self, checkpoint: Path, places: Callable[[dict[str, torch.Size]], dict[str, Place]] = _native):
+        self._checkpoint, self._reader = checkpoint, dcp.FileSystemReader(checkpoint)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._entries = {
-            key.removeprefix(MODEL): entry
+            key: entry
             for key, entry in metadata.state_dict_metadata.items()
-            if key.startswith(MODEL) and isinstance(entry, TensorStorageMetadata)
+            if isinstance(entry, TensorStorageMetadata)
         }
-        self.shapes = {name: entry.size for name, entry in self._entries.items()}
-        self.dtypes = {name: entry.properties.dtype for name, entry in self._entries.items()}
+        self._places = places({key: entry.size for key, entry in self._entries.items()})
+        self.shapes: dict[str, torch.Size] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for name, place in self._places.items():
+            entry = self._entries[place.key]
+            self.shapes[name] = entry.size if place.index is None else entry.size[1:]
+            self.dtypes[name] = entry.properties.dtype
+
+    def check_whole(self, where: str) -> None:
+        """Raise RequestError, a line that starts with `where`, where files are missing or short, or lack rows."""
+        keys = {place.key for place in self._places.values()}
+        ends: dict[str, int] = {}
+        for index, info in self._reader.storage_data.items():
+            if index.fqn in keys:
+                ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for name, end in sorted(ends.items()):
+            file = self._checkpoint / name
+            size = file.stat().st_size if file.is_file() else None
+            if size is None or size < end:
+                problem = "is missing" if size is None else f"has {size} bytes instead of at least {end}"
+                raise RequestError(f"{where}: incomplete checkpoint, {name} {problem}")
+        for key in sorted(keys):
+            entry = self._entries[key]
+            if sum(math.prod(chunk.sizes) for chunk in entry.chunks) < math.prod(entry.size):
+                raise RequestError(f"{where}: incomplete checkpoint, parts of {key} are missing")
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of a weight; the memory is theirs and that of one stored piece of it at a time."""
-        shape = self.shapes[name]
-        offsets = torch.Size([start, *[0] * (len(shape) - 1)])
-        rows = torch.empty([stop - start, *shape[1:]], dtype=self.dtypes[name])
-        window = ChunkStorageMetadata(offsets=offsets, sizes=rows.shape)
-        items = create_read_items_for_chunk_list(MODEL + name, self._entries[name], [window])
-        self._reader.read_data(LoadPlan(items), _Into(rows)).wait()
+        place = self._places[name]
+        rows = torch.empty([stop - start, *self.shapes[name][1:]], dtype=self.dtypes[name])
+        part = place.rows(start, rows.shape)
+        items = create_read_items_for_chunk_list(place.key, self._entries[place.key], [part])
+        self._reader.read_data(LoadPlan(items), _Into(rows.view(part.sizes))).wait()
         return rows
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:

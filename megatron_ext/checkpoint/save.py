@@ -1,5 +1,6 @@
 """Writing checkpoints: sharded, atomic, and in the background on request."""
 
+import dataclasses
 import os
 import shutil
 from concurrent.futures import Future
@@ -10,6 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ext.checkpoint.digest import HashingWriter
 from megatron_ext.checkpoint.directory import Manifest, partial_path, publish, remove_partials, write_text
 from megatron_ext.checkpoint.state import model_state, optimizer_state, random_key, random_state
 from megatron_ext.engine import Engine
@@ -28,7 +30,7 @@ class CheckpointWriter:
         self._is_first = dist.get_rank() == 0
         # its own gloo group: planning talks between hosts, and must not mix with a training step's collectives
         self._group = dist.new_group(backend="gloo")
-        self._pending: tuple[Any, Manifest] | None = None
+        self._pending: tuple[Any, HashingWriter, Manifest] | None = None
         if self._is_first:
             self.root.mkdir(parents=True, exist_ok=True)
             remove_partials(self.root)
@@ -44,17 +46,17 @@ class CheckpointWriter:
         self._agree(self._prepare(partial, texts) if self._is_first else "")
         state = model_state(self.engine, for_saving=True) | optimizer_state(self.engine, for_saving=True)
         state[random_key()] = random_state(self.engine)
-        writer = dcp.FileSystemWriter(partial)
+        writer = HashingWriter(partial)
         if self.background:
             future = dcp.async_save(state, storage_writer=writer, process_group=self._group)
-            self._pending = (future, manifest)
+            self._pending = (future, writer, manifest)
             return
         future = Future()
         try:
             future.set_result(dcp.save(state, storage_writer=writer, process_group=self._group))
         except (Exception, CheckpointException) as error:
             future.set_exception(error)
-        self._pending = (future, manifest)
+        self._pending = (future, writer, manifest)
         self.wait()
 
     def _prepare(self, partial: Path, texts: dict[str, str]) -> str:
@@ -84,12 +86,12 @@ class CheckpointWriter:
     def _finish(self) -> str:
         """Publish what has been written, or clear it away. Returns what went wrong, or nothing."""
         assert self._pending is not None
-        future, manifest = self._pending
+        future, writer, manifest = self._pending
         self._pending = None
         try:
             future.result()
             if self._is_first:
-                publish(self.root, manifest)
+                publish(self.root, dataclasses.replace(manifest, sha256=writer.sha256))
         except (Exception, CheckpointException) as error:  # the latter is a BaseException
             if self._is_first:
                 shutil.rmtree(partial_path(self.root, manifest.iteration), ignore_errors=True)

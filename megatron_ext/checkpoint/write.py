@@ -1,21 +1,21 @@
-"""Writing weights as a native checkpoint's tensors in one process, holding only a small piece of them at a time."""
+"""Writing weights as a checkpoint's tensors in one process, holding only a small piece of them at a time."""
 
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_ext.checkpoint.read import Weights
+from megatron_ext.checkpoint.read import Place, Weights
 from megatron_ext.checkpoint.state import MODEL
 
 # Every weight is stored in pieces of whole rows, none larger than this: what is held while writing, and later by a
@@ -24,12 +24,19 @@ _PIECE_BYTES = 64 << 20
 _FILE = "__0_0.distcp"
 
 
-def write_weights(folder: Path, weights: Weights) -> None:
-    """Write all of `weights` into an existing folder, reading them piece by piece."""
+def _native(name: str) -> Place:
+    return Place(MODEL + name)
+
+
+def write_weights(folder: Path, weights: Weights, place: Callable[[str], Place] = _native) -> None:
+    """Write all of `weights` into an existing folder, reading them piece by piece.
+
+    place: name -> where the weight is to lie. By default as in native checkpoints.
+    """
     with warnings.catch_warnings():
         # torch warns that one process is at work, which is what was asked for
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save({}, storage_writer=_PieceWriter(folder), planner=_PiecePlanner(weights), no_dist=True)
+        dcp.save({}, storage_writer=_PieceWriter(folder), planner=_PiecePlanner(weights, place), no_dist=True)
 
 
 def row_pieces(weights: Weights, name: str) -> Iterator[tuple[int, int]]:
@@ -43,26 +50,27 @@ def row_pieces(weights: Weights, name: str) -> Iterator[tuple[int, int]]:
 class _PiecePlanner(DefaultSavePlanner):
     """Plans by shapes alone, and reads a piece when it is about to be written."""
 
-    def __init__(self, weights: Weights):
+    def __init__(self, weights: Weights, place: Callable[[str], Place]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._weights = weights
+        self._weights, self._place = weights, place
+        self._rows: dict[MetadataIndex, tuple[str, int, int]] = {}
 
     def create_local_plan(self) -> SavePlan:
         weights = self._weights
         return SavePlan([self._piece(name, *rows) for name in weights.shapes for rows in row_pieces(weights, name)])
 
     def _piece(self, name: str, start: int, stop: int) -> WriteItem:
-        shape = self._weights.shapes[name]
-        offsets = torch.Size([start, *[0] * (len(shape) - 1)])
-        chunk = ChunkStorageMetadata(offsets, torch.Size([stop - start, *shape[1:]]))
-        data = TensorWriteData(chunk, TensorProperties(self._weights.dtypes[name]), shape)
-        return WriteItem(MetadataIndex(MODEL + name, offsets), WriteItemType.SHARD, tensor_data=data)
+        place, shape = self._place(name), self._weights.shapes[name]
+        chunk = place.rows(start, torch.Size([stop - start, *shape[1:]]))
+        size = shape if place.index is None else torch.Size([place.count, *shape])
+        index = MetadataIndex(place.key, chunk.offsets)
+        self._rows[index] = name, start, stop
+        data = TensorWriteData(chunk, TensorProperties(self._weights.dtypes[name]), size)
+        return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         assert write_item.tensor_data is not None
-        piece = write_item.tensor_data.chunk
-        start, rows = piece.offsets[0], piece.sizes[0]
-        return self._weights.read_rows(write_item.index.fqn.removeprefix(MODEL), start, start + rows)
+        return self._weights.read_rows(*self._rows[write_item.index]).view(write_item.tensor_data.chunk.sizes)
 
 
 class _PieceWriter(dcp.FileSystemWriter):

@@ -25,10 +25,12 @@ class KernelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """rms_norm(x, weight, eps); swiglu(gate, up); attention(q, k, v, mask) with q [b, heads, s, d], k and v
-    [b, kv heads, s, d], mask None (causal) or bool [b, 1, s, s] (True: may attend) -> [b, heads, s, d]."""
+    """rms_norm(x, weight, eps); layer_norm(x, weight, bias, eps); swiglu(gate, up); attention(q, k, v, mask) with q
+    [b, heads, s, d], k and v [b, kv heads, s, d] -> [b, heads, s, d]; mask: None (causal), bool [b or 1, 1, s, s]
+    (True: may attend), or what is added to the scores, [b or 1, heads, s, s] in their dtype."""
 
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    layer_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
     swiglu: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -41,6 +43,7 @@ def load_kernels(config: KernelConfig) -> Kernels:
         )
     return Kernels(
         rms_norm=torch_kernels.rms_norm,
+        layer_norm=torch_kernels.layer_norm,
         swiglu=torch_kernels.swiglu,
         attention=torch_kernels.attention(config.attention_backend),
     )

@@ -5,14 +5,16 @@ import dataclasses
 from megatron_ext.errors import RequestError
 from megatron_ext.option import option, refuse_unused
 
+ACTIVATIONS = ("swiglu", "gelu", "gelu-tanh", "relu")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A LLaMA-style decoder. Sizes are global; nothing here depends on how the model is distributed."""
+    """A decoder: LLaMA's by default, or a relative's. Sizes are global; nothing here depends on the distribution."""
 
     num_layers: int = option(help="decoder layers")
     hidden_size: int = option(help="width of the residual stream")
-    ffn_hidden_size: int = option(help="width of the SwiGLU feed-forward network")
+    ffn_hidden_size: int = option(help="width of the feed-forward network")
     num_attention_heads: int = option(help="query heads")
     vocab_size: int = option(help="rows of the embedding, never padded (default: the tokenizer's pieces)")
     num_query_groups: int | None = option(None, "key/value heads (default: as many as query heads)")
@@ -24,11 +26,30 @@ class ModelConfig:
     rope_low_freq_factor: float = option(1.0, "llama3 scaling: wavelengths above original / this are stretched fully")
     rope_high_freq_factor: float = option(4.0, "llama3 scaling: wavelengths below original / this are left alone")
     rope_original_max_position: int = option(8192, "llama3 scaling: context length before stretching")
-    norm_epsilon: float = option(1e-5, "added to the mean square in RMSNorm")
+    norm_epsilon: float = option(1e-5, "added to the mean square, or the variance, in a norm")
     add_qkv_bias: bool = option(False, "biases on the query, key and value projections")
     add_bias_linear: bool = option(False, "biases on every linear layer of the decoder")
     untie_embeddings_and_output_weights: bool = option(True, "the output matrix is a parameter of its own")
     init_method_std: float = option(0.02, "standard deviation of the initial weights")
+    # what LLaMA's relatives do otherwise
+    normalization: str = option("RMSNorm", "kind of the norms", choices=("RMSNorm", "LayerNorm"))
+    activation: str = option(
+        "swiglu", "of the feed-forward network; all but swiglu are without a gate", choices=ACTIVATIONS
+    )
+    position_embedding_type: str = option(
+        "rope", "how tokens know their positions", choices=("rope", "alibi", "learned_absolute")
+    )
+    position_embedding_offset: int = option(0, "learned_absolute: rows of the table before position 0's (OPT has 2)")
+    rotary_percent: float = option(1.0, "share of every head that the rotary embedding turns")
+    rotary_interleaved: bool = option(False, "rotary embedding turns neighbours, not the halves of a head")
+    window_size: int | None = option(None, "tokens that a token attends to, itself included (default: all before it)")
+    qk_layernorm: bool = option(False, "a norm over every head of the queries and keys")
+    embed_layernorm: bool = option(False, "a norm after the embedding")
+    parallel_residual: str = option(
+        "none",
+        "attention and feed-forward network read the same input, through one norm or one each",
+        choices=("none", "one-norm", "two-norms"),
+    )
 
     @property
     def head_dim(self) -> int:
@@ -37,6 +58,11 @@ class ModelConfig:
     @property
     def kv_heads(self) -> int:
         return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading elements of a head that the rotary embedding turns."""
+        return int(self.head_dim * self.rotary_percent)
 
     def resolved(self) -> "ModelConfig":
         """The same model with the head size and the number of KV heads spelled out."""
@@ -49,7 +75,7 @@ class ModelConfig:
     def validate(self) -> None:
         """Raise RequestError where the numbers do not make a model."""
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
-        for name in (*sizes, "num_query_groups", "kv_channels"):
+        for name in (*sizes, "num_query_groups", "kv_channels", "window_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -62,10 +88,25 @@ class ModelConfig:
             raise RequestError(
                 f"--num-query-groups {self.kv_heads} does not divide --num-attention-heads {self.num_attention_heads}"
             )
+        self._validate_positions()
+
+    def _validate_positions(self) -> None:
+        if self.position_embedding_type != "learned_absolute":
+            refuse_unused(self, ("position_embedding_offset",), "--position-embedding-type learned_absolute")
+        elif self.position_embedding_offset < 0:
+            raise RequestError(f"--position-embedding-offset {self.position_embedding_offset}: must not be negative")
+        if self.position_embedding_type != "rope":
+            unused = ("rotary_percent", "rotary_interleaved", "rope_scaling", "rope_scaling_factor")
+            refuse_unused(self, unused, "--position-embedding-type rope")
+            return
         if self.rope_scaling == "none":
             refuse_unused(self, ("rope_scaling_factor",), "--rope-scaling linear or llama3")
-        if self.head_dim % 2:
-            raise RequestError(f"head size {self.head_dim} is odd, and rotary embedding turns pairs: use an even one")
+        if not 0 < self.rotary_percent <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
+            share = "" if self.rotary_percent == 1 else f" x --rotary-percent {self.rotary_percent}"
+            raise RequestError(
+                f"head size {self.head_dim}{share} is {self.rotary_dim}, and rotary embedding turns pairs: "
+                "use an even one"
+            )
 
     def validate_length(self, seq_length: int) -> None:
         """Raise RequestError where sequences are longer than the model is meant for."""

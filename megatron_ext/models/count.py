@@ -1,33 +1,40 @@
 """Parameters and floating-point operations of a shape, for logs, plans and MFU.
 
-A product of [m, k] and [k, n] is 2mkn operations; backward costs twice the forward. Attention is reported in two
-conventions: `full` counts all s x s scores (Narayanan et al., arXiv 2104.04473, appendix), `causal` half of them.
-Recomputation is never counted: this is *model* FLOPs.
+Parameters are counted in the decoder itself, of which one layer is built without memory. A product of [m, k] and
+[k, n] is 2mkn operations; backward costs twice the forward. Attention is reported in two conventions: `full` counts
+all s x s scores (Narayanan et al., arXiv 2104.04473, appendix), `causal` half of them. Recomputation is never counted:
+this is *model* FLOPs.
 """
 
+import dataclasses
+
+import torch
+
 from megatron_ext.models.config import ModelConfig
+from megatron_ext.models.decoder import parameter_shapes
+
+
+def _one_layer(config: ModelConfig) -> tuple[list[torch.Size], list[torch.Size]]:
+    """Shapes of a layer's parameters, and of all that are outside of layers."""
+    shapes = parameter_shapes(dataclasses.replace(config, num_layers=1))
+    inside = [shape for name, shape in shapes.items() if name.startswith("layers.")]
+    outside = [shape for name, shape in shapes.items() if not name.startswith("layers.")]
+    return inside, outside
 
 
 def matmul_parameters_per_layer(config: ModelConfig) -> int:
-    h, d = config.hidden_size, config.head_dim
-    attention = h * d * (2 * config.num_attention_heads + 2 * config.kv_heads)
-    return attention + 3 * h * config.ffn_hidden_size
+    """Weights of a layer that are factors of a product with the tokens: not its biases and norms."""
+    return sum(shape.numel() for shape in _one_layer(config)[0] if len(shape) == 2)
 
 
 def parameters_per_layer(config: ModelConfig) -> int:
-    h, d = config.hidden_size, config.head_dim
-    biases = 0
-    if config.add_qkv_bias or config.add_bias_linear:
-        biases += d * (config.num_attention_heads + 2 * config.kv_heads)
-    if config.add_bias_linear:
-        biases += 2 * config.ffn_hidden_size + 2 * h
-    return matmul_parameters_per_layer(config) + biases + 2 * h
+    return sum(shape.numel() for shape in _one_layer(config)[0])
 
 
 def parameters(config: ModelConfig) -> int:
     """All parameters, tied embeddings once."""
-    vocabulary = config.vocab_size * config.hidden_size * (1 if config.tied else 2)
-    return vocabulary + config.num_layers * parameters_per_layer(config) + config.hidden_size
+    inside, outside = (sum(shape.numel() for shape in shapes) for shapes in _one_layer(config))
+    return outside + config.num_layers * inside
 
 
 def flops_per_token(
@@ -37,8 +44,17 @@ def flops_per_token(
 
     trained: weights in products that get a gradient (default: all; frozen ones cost 4 operations instead of 6, for
     the gradient still passes through). adapters: weights of adapters, which come on top of the model's.
+    A sliding window of W tokens makes a sequence no longer than W for the scores, and `causal` counts them exactly.
     """
     weights = config.num_layers * matmul_parameters_per_layer(config) + config.vocab_size * config.hidden_size
-    scores = config.num_layers * 2 * seq_length * config.num_attention_heads * config.head_dim
+    heads = config.num_layers * 2 * config.num_attention_heads * config.head_dim
     trained = weights if trained is None else trained
-    return 4.0 * (weights + adapters) + 2.0 * trained + 6.0 * scores * (0.5 if causal else 1.0)
+    return 4.0 * (weights + adapters) + 2.0 * trained + 6.0 * heads * _attended(config, seq_length, causal)
+
+
+def _attended(config: ModelConfig, seq_length: int, causal: bool) -> float:
+    """Mean number of keys that a query is compared with."""
+    window = min(config.window_size or seq_length, seq_length)
+    if not causal:
+        return window
+    return window - 0.5 * window * window / seq_length  # the first `window` queries see half of it on average

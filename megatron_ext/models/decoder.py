@@ -1,4 +1,4 @@
-"""A LLaMA decoder that reads like single-device code.
+"""A decoder that reads like single-device code: LLaMA, and what its relatives do otherwise.
 
 It is written for one rank of a tensor-parallel group and one stage of a pipeline: `stage` says which layers, and
 whether the embedding and the head, are here. Parameters are named as Hugging Face names them, layers by their
@@ -12,21 +12,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ext.kernels import KernelConfig, Kernels, load_kernels
+from megatron_ext.models.attention import Attention, attention_mask
 from megatron_ext.models.config import ModelConfig
-from megatron_ext.models.rotary import rotate, rotation
+from megatron_ext.models.feed_forward import make_mlp
+from megatron_ext.models.norm import make_norm
+from megatron_ext.models.rotary import Rotation, rotation
 from megatron_ext.tensor_parallel import (
     ColumnParallelLinear,
     LoraConfig,
-    Replicated,
-    RowParallelLinear,
+    PositionEmbedding,
     TensorParallel,
     VocabParallelEmbedding,
     add_adapters,
-    column_parallel,
     vocab_parallel_cross_entropy,
 )
-
-Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,85 +38,37 @@ class StageSpec:
     has_head: bool
 
 
-class RMSNorm(Replicated):
-    """Zhang and Sennrich, arXiv 1910.07467."""
-
-    def __init__(self, config: ModelConfig, tp: TensorParallel, kernels: Kernels):
-        super().__init__(tp)
-        self.kernels = kernels
-        self.eps = config.norm_epsilon
-        self.weight = nn.Parameter(torch.empty(config.hidden_size))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.kernels.rms_norm(x, self.read(self.weight, x.dtype), self.eps)
-
-
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped key/value heads (arXiv 2305.13245)."""
-
-    def __init__(self, config: ModelConfig, tp: TensorParallel, kernels: Kernels, recompute_core: bool):
-        super().__init__()
-        self.kernels, self.recompute_core = kernels, recompute_core
-        self.head_dim = d = config.head_dim
-        bias = config.add_qkv_bias or config.add_bias_linear
-        kv_rows = None
-        if config.kv_heads % tp.size:  # fewer KV heads than ranks: each rank uses the one its queries look at
-            head = tp.rank * config.kv_heads // tp.size
-            kv_rows = slice(head * d, (head + 1) * d)
-        self.q_proj = ColumnParallelLinear(config.hidden_size, config.num_attention_heads * d, tp, bias)
-        self.k_proj = ColumnParallelLinear(config.hidden_size, config.kv_heads * d, tp, bias, rows=kv_rows)
-        self.v_proj = ColumnParallelLinear(config.hidden_size, config.kv_heads * d, tp, bias, rows=kv_rows)
-        self.o_proj = RowParallelLinear(config.num_attention_heads * d, config.hidden_size, tp, config.add_bias_linear)
-
-    def forward(self, x: torch.Tensor, rope: Rotation, mask: torch.Tensor | None) -> torch.Tensor:
-        q, k, v = (
-            y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [b, this rank's heads, s, head_dim]
-            for y in column_parallel(x, self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.recompute_core and torch.is_grad_enabled():  # no random number is drawn in there
-            heads = checkpoint(self._core, q, k, v, rope, mask, use_reentrant=False, preserve_rng_state=False)
-        else:
-            heads = self._core(q, k, v, rope, mask)
-        return self.o_proj(heads.transpose(1, 2).flatten(2))
-
-    def _core(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rotation, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        return self.kernels.attention(rotate(q, *rope), rotate(k, *rope), v, mask)
-
-
-class MLP(nn.Module):
-    """SwiGLU feed-forward network."""
-
-    def __init__(self, config: ModelConfig, tp: TensorParallel, kernels: Kernels):
-        super().__init__()
-        self.kernels = kernels
-        h, f, bias = config.hidden_size, config.ffn_hidden_size, config.add_bias_linear
-        self.gate_proj = ColumnParallelLinear(h, f, tp, bias)
-        self.up_proj = ColumnParallelLinear(h, f, tp, bias)
-        self.down_proj = RowParallelLinear(f, h, tp, bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.kernels.swiglu(*column_parallel(x, self.gate_proj, self.up_proj)))
-
-
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, tp: TensorParallel, kernels: Kernels, recompute: str | None):
         super().__init__()
         self.recompute = recompute == "full"
-        self.input_layernorm = RMSNorm(config, tp, kernels)
+        self.input_layernorm = make_norm(config, tp, kernels)
         self.self_attn = Attention(config, tp, kernels, recompute_core=recompute == "selective")
-        self.post_attention_layernorm = RMSNorm(config, tp, kernels)
-        self.mlp = MLP(config, tp, kernels)
+        self.post_attention_layernorm = make_norm(config, tp, kernels)
+        self.mlp = make_mlp(config, tp, kernels)
 
-    def forward(self, x: torch.Tensor, rope: Rotation, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rotation | None, mask: torch.Tensor | None) -> torch.Tensor:
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._layer, x, rope, mask, use_reentrant=False)
         return self._layer(x, rope, mask)
 
-    def _layer(self, x: torch.Tensor, rope: Rotation, mask: torch.Tensor | None) -> torch.Tensor:
+    def _layer(self, x: torch.Tensor, rope: Rotation | None, mask: torch.Tensor | None) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class ParallelDecoderLayer(DecoderLayer):
+    """Attention and feed-forward network read the same input, through one norm or through one each (Falcon)."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel, kernels: Kernels, recompute: str | None):
+        super().__init__(config, tp, kernels, recompute)
+        if config.parallel_residual == "one-norm":
+            del self.post_attention_layernorm
+
+    def _layer(self, x: torch.Tensor, rope: Rotation | None, mask: torch.Tensor | None) -> torch.Tensor:
+        normed = self.input_layernorm(x)
+        other = self.post_attention_layernorm(x) if hasattr(self, "post_attention_layernorm") else normed
+        return x + (self.mlp(other) + self.self_attn(normed, rope, mask))
 
 
 class Decoder(nn.Module):
@@ -139,11 +90,17 @@ class Decoder(nn.Module):
         self.config, self.stage, self.tp, self.dtype = config, stage, tp, dtype
         if stage.has_embedding:
             self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+            if config.position_embedding_type == "learned_absolute":
+                table = config.max_position_embeddings, config.hidden_size, config.position_embedding_offset
+                self.embed_positions = PositionEmbedding(*table, tp)
+            if config.embed_layernorm:
+                self.embed_layernorm = make_norm(config, tp, kernels)
+        layer = DecoderLayer if config.parallel_residual == "none" else ParallelDecoderLayer
         self.layers = nn.ModuleDict(
-            {str(i): DecoderLayer(config, tp, kernels, recompute) for i in range(stage.first, stage.last)}
+            {str(i): layer(config, tp, kernels, recompute) for i in range(stage.first, stage.last)}
         )
         if stage.has_head:
-            self.norm = RMSNorm(config, tp, kernels)
+            self.norm = make_norm(config, tp, kernels)
             self.lm_head = ColumnParallelLinear(config.hidden_size, config.vocab_size, tp)
             if config.tied and stage.has_embedding:
                 self.lm_head.weight = self.embed_tokens.weight
@@ -164,14 +121,15 @@ class Decoder(nn.Module):
         Returns hidden states; on the last stage the logits [b, s, V/tp], or with labels the mean loss over the
         (unmasked) tokens, shape [1].
         """
+        cut = not self.stage.has_embedding and self.tp.sequence_parallel
+        length = x.shape[1] * (self.tp.size if cut else 1)
+        positions = torch.arange(length, device=x.device) if position_ids is None else position_ids
         if self.stage.has_embedding:
-            x = self.embed_tokens(x, self.dtype)
+            x = self._embed(x, positions)
             if not x.requires_grad and torch.is_grad_enabled() and not self.stage.has_head:
                 x.requires_grad_()  # a schedule hands a gradient back over every boundary, needed or not
-        length = x.shape[1] * (self.tp.size if self.tp.sequence_parallel else 1)
-        positions = torch.arange(length, device=x.device) if position_ids is None else position_ids
         rope = rotation(self.config, positions, self.dtype)
-        mask = None if document_ids is None else within_documents(document_ids)
+        mask = attention_mask(self.config, self.tp, length, document_ids, self.dtype, x.device)
         for layer in self.layers.values():
             x = layer(x, rope, mask)
         if not self.stage.has_head:
@@ -183,6 +141,12 @@ class Decoder(nn.Module):
         if loss_mask is None:
             return loss.flatten().mean(0, keepdim=True)
         return (loss * loss_mask).flatten().sum(0, keepdim=True) / loss_mask.sum().clamp(min=1)
+
+    def _embed(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x = self.embed_tokens(ids, self.dtype)
+        if hasattr(self, "embed_positions"):
+            x = x + self.embed_positions(positions, self.dtype)
+        return self.embed_layernorm(x) if hasattr(self, "embed_layernorm") else x
 
 
 def whole_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -198,9 +162,3 @@ def parameter_shapes(config: ModelConfig, adapters: LoraConfig | None = None) ->
     if adapters is not None:
         add_adapters(model, adapters)
     return {name: param.shape for name, param in model.named_parameters()}
-
-
-def within_documents(document_ids: torch.Tensor) -> torch.Tensor:
-    """[b, s] -> bool [b, 1, s, s]: a token attends to earlier tokens of its own document and to itself."""
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    return same.tril()[:, None]

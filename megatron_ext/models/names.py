@@ -1,6 +1,7 @@
 """Global names of parameters that other rooms single out."""
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+POSITIONS = "embed_positions.weight"
 
 
 def is_adapter(name: str) -> bool:

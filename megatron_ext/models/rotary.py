@@ -1,22 +1,32 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864) in the half-split layout that Hugging Face stores.
+"""Rotary position embedding (Su et al., arXiv 2104.09864) in the layouts that Hugging Face stores.
 
-Position p turns the pair (x_i, x_{i + d/2}) by the angle p * theta^(-2i/d).
+Of a head's first d elements, position p turns the pair (x_i, x_{i + d/2}), or interleaved (x_{2i}, x_{2i + 1}), by the
+angle p * theta^(-2i/d).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from megatron_ext.models.config import ModelConfig
 
 
+class Rotation(NamedTuple):
+    """cos and sin of every element's angle, [1 or b, 1, s, rotary_dim] each."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
+
+
 def inverse_frequencies(config: ModelConfig, device: torch.device) -> torch.Tensor:
-    """Angle per position of each of the head_dim / 2 pairs, float32, scaled as `rope_scaling` says.
+    """Angle per position of each of the rotary_dim / 2 pairs, float32, scaled as `rope_scaling` says.
 
     linear: every position divided by the factor (arXiv 2306.15595). llama3: only wavelengths longer than
     original / low_freq_factor, with a smooth passage up to original / high_freq_factor (Llama 3.1's code).
     """
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=device) / config.rotary_dim
     frequencies = 1.0 / config.rotary_base**exponent
     if config.rope_scaling == "linear":
         return frequencies / config.rope_scaling_factor
@@ -28,18 +38,27 @@ def inverse_frequencies(config: ModelConfig, device: torch.device) -> torch.Tens
     return frequencies
 
 
-def rotation(config: ModelConfig, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the angles at `positions` [s] or [b, s] -> two of [1 or b, 1, s, head_dim] in `dtype`.
+def rotation(config: ModelConfig, positions: torch.Tensor, dtype: torch.dtype) -> Rotation | None:
+    """The angles at `positions` [s] or [b, s], in `dtype`; None where the model has no rotary embedding.
 
     Angles are taken in float32, as Hugging Face does, so that both agree to the last bit of the rotation.
     """
+    if config.position_embedding_type != "rope":
+        return None
     angles = positions.float()[..., None] * inverse_frequencies(config, positions.device)
-    angles = torch.cat([angles, angles], dim=-1)
+    interleaved = config.rotary_interleaved
+    angles = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat([angles, angles], dim=-1)
     angles = angles[:, None] if angles.ndim == 3 else angles[None, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype), interleaved)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the heads x [b, heads, s, head_dim]."""
+def rotate(x: torch.Tensor, rope: Rotation) -> torch.Tensor:
+    """Turn the heads x [b, heads, s, head_dim]; elements beyond rotary_dim stay as they are."""
+    width = rope.cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat([rotate(x[..., :width], rope), x[..., width:]], dim=-1)
+    if rope.interleaved:
+        first, second = x[..., 0::2], x[..., 1::2]
+        return x * rope.cos + torch.stack([-second, first], dim=-1).flatten(-2) * rope.sin
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * rope.cos + torch.cat([-second, first], dim=-1) * rope.sin

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from megatron_ext.errors import RequestError
-from megatron_ext.models.names import EMBEDDING, HEAD, is_adapter
+from megatron_ext.models.names import EMBEDDING, HEAD, POSITIONS, is_adapter
 from megatron_ext.option import option, refuse_unused
 
 MODES = ("embeddings", "new-rows", "lora")
@@ -110,7 +110,8 @@ def select(config: TrainableConfig, shapes: dict[str, torch.Size]) -> list[Selec
 
 def trained_in_products(selections: list[Selection], tied: bool) -> int:
     """Trained weights that are factors of a matrix product: not biases, norms, or an embedding that is only read."""
-    return sum(s.trained for s in selections if len(s.shape) == 2 and (s.name != EMBEDDING or tied))
+    looked_up = (POSITIONS,) if tied else (POSITIONS, EMBEDDING)
+    return sum(s.trained for s in selections if len(s.shape) == 2 and s.name not in looked_up)
 
 
 def describe(selections: list[Selection]) -> list[str]:

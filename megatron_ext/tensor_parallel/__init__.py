@@ -8,6 +8,7 @@ from megatron_ext.tensor_parallel.context import TensorParallel
 from megatron_ext.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.tensor_parallel.layers import (
     ColumnParallelLinear,
+    PositionEmbedding,
     Replicated,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -19,6 +20,7 @@ from megatron_ext.tensor_parallel.storage import distribute_parameters, tp_shard
 __all__ = [
     "ColumnParallelLinear",
     "LoraConfig",
+    "PositionEmbedding",
     "Replicated",
     "RowParallelLinear",
     "TensorParallel",

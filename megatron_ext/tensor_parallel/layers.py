@@ -105,11 +105,30 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class Replicated(nn.Module):
-    """Base of layers whose weights every tp rank holds whole and applies to its own slice of the sequence."""
+    """Base of layers whose weights every tp rank holds whole and applies to its own part of the activations.
 
-    def __init__(self, tp: TensorParallel):
+    That part is its slice of the sequence, under sequence parallelism; or always its own heads (`of_heads`).
+    """
+
+    def __init__(self, tp: TensorParallel, of_heads: bool = False):
         super().__init__()
         self.tp = tp
+        self._sees_a_part = tp.size > 1 and (of_heads or tp.sequence_parallel)
 
     def read(self, param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return local(param, dtype, partial_grad=self.tp.sequence_parallel)
+        return local(param, dtype, partial_grad=self._sees_a_part)
+
+
+class PositionEmbedding(Replicated):
+    """A learned row for every position, after `offset` rows that no position uses."""
+
+    def __init__(self, positions: int, hidden_size: int, offset: int, tp: TensorParallel):
+        super().__init__(tp)
+        self.offset = offset
+        self.weight = nn.Parameter(torch.empty(offset + positions, hidden_size))
+
+    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[s] or [b, s] int64 -> [s, h] or [b, s, h], of this rank's slice of the sequence if it is cut."""
+        if self.tp.sequence_parallel:
+            positions = positions.chunk(self.tp.size, dim=-1)[self.tp.rank]
+        return F.embedding(positions + self.offset, self.read(self.weight, self.weight.dtype)).to(dtype)

@@ -58,7 +58,8 @@ class DataParallel:
         }
         tied_here = decoder.config.tied and decoder.stage.has_embedding and decoder.stage.has_head
         if decoder.stage.has_embedding and not tied_here:  # a matrix used twice stays in the root's group
-            fully_shard(decoder.embed_tokens, **options)
+            first = [getattr(decoder, name, None) for name in ("embed_tokens", "embed_positions", "embed_layernorm")]
+            fully_shard([module for module in first if module is not None], **options)
         for layer in decoder.layers.values():
             fully_shard(layer, **options)
         if decoder.stage.has_head and not tied_here:

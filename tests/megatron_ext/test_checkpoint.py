@@ -1,6 +1,7 @@
 """Checkpoint directories: complete and named by `latest`, or not there, wherever a save is interrupted."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -12,12 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+import megatron_ext.checkpoint.directory
 import megatron_ext.checkpoint.save
 from megatron_ext.checkpoint import CheckpointWriter, Manifest, find_checkpoint, load_checkpoint, read_manifest
+from megatron_ext.checkpoint.digest import HashingWriter, sha256_of
 from megatron_ext.checkpoint.directory import LATEST, MANIFEST, partial_path, publish, remove_partials, write_text
 from megatron_ext.checkpoint.load import layout_of
 from megatron_ext.checkpoint.save import check_writable
-from megatron_ext.engine import Engine
+from megatron_ext.engine import Engine, EngineConfig
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import build_grid
 from tests.distributed import Pool
@@ -36,13 +39,19 @@ def write(root: Path, iteration: int, content: str = "weights") -> Path:
     return publish(root, manifest(iteration))
 
 
+def edit(checkpoint: Path, **fields: object) -> None:
+    file = checkpoint / MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
 def test_a_published_checkpoint_is_found_and_complete(tmp_path: Path) -> None:
     assert write(tmp_path, 5) == tmp_path / "iter_0000005"
     newest = write(tmp_path, 10)
     assert sorted(os.listdir(tmp_path)) == ["iter_0000005", "iter_0000010", "latest"]
     assert find_checkpoint(tmp_path) == newest
     assert find_checkpoint(tmp_path / "iter_0000005") == tmp_path / "iter_0000005"
-    assert read_manifest(newest) == dataclasses.replace(manifest(10), files={"data": 7})
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert read_manifest(newest) == dataclasses.replace(manifest(10), files={"data": 7}, sha256={"data": digest})
 
 
 def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
@@ -60,6 +69,7 @@ def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
         (lambda c: (c / MANIFEST).write_text("{"), "unreadable manifest.json"),
         (lambda c: (c / MANIFEST).write_text("[1]"), "unreadable manifest.json"),
         (lambda c: (c / MANIFEST).write_text('{"iteration": 5}'), "unreadable manifest.json"),
+        (lambda c: edit(c, files=["data"]), "unreadable manifest.json (its files is no table)"),
         (lambda c: (c / MANIFEST).unlink(), "names 'iter_0000005', which is not a complete checkpoint there"),
         (lambda c: (c.parent / LATEST).unlink(), "neither a checkpoint (manifest.json) nor a folder of checkpoints"),
         (lambda c: (c.parent / LATEST).write_text("iter_1\n"), "names 'iter_1', which is not a complete checkpoint"),
@@ -75,10 +85,24 @@ def test_damage_is_named(tmp_path: Path, spoil: Callable[[Path], object], messag
 
 
 def test_another_format_version_is_refused(tmp_path: Path) -> None:
-    file = write(tmp_path, 5) / MANIFEST
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
+    edit(write(tmp_path, 5), format_version=2)
     with pytest.raises(RequestError, match="format version 2, this program reads 1"):
         read_manifest(find_checkpoint(tmp_path))
+
+
+def test_an_older_checkpoint_has_no_digests(tmp_path: Path) -> None:
+    file = write(tmp_path, 5) / MANIFEST
+    fields = json.loads(file.read_text())
+    del fields["sha256"], fields["hugging_face"]
+    file.write_text(json.dumps(fields))
+    found = read_manifest(find_checkpoint(tmp_path))
+    assert found == dataclasses.replace(manifest(5), files={"data": 7})
+
+
+def test_refusals_name_the_flag_of_the_program(tmp_path: Path) -> None:
+    for refuse in (find_checkpoint, read_manifest):
+        with pytest.raises(RequestError, match=f"^--input {tmp_path}/none: "):
+            refuse(tmp_path / "none", "--input")
 
 
 class Killed(BaseException):
@@ -194,8 +218,8 @@ def test_check_writable(tmp_path: Path) -> None:
             check_writable(tmp_path / wrong)
 
 
-def build() -> Engine:
-    config = tiny()
+def build(config: EngineConfig | None = None) -> Engine:
+    config = config or tiny()
     return Engine(config, build_grid(config.parallel, torch.device("cpu")))
 
 
@@ -252,3 +276,51 @@ def test_a_failed_write_is_told_to_every_rank_and_leaves_nothing(
         assert "\n" not in message
         assert remains == ["iter_0000001", "latest"]
     assert find_checkpoint(tmp_path).name == "iter_0000003"
+
+
+DIGESTED: dict[str, dict[str, Any]] = {
+    "tp, ZeRO-3": {"tensor_model_parallel_size": 2, "zero_stage": 3, "vocab_size": 97},
+    "pp, tied": {"pipeline_model_parallel_size": 2, "untie_embeddings_and_output_weights": False},
+}
+
+
+def save_and_watch_hashing(root: Path, config: EngineConfig, background: bool) -> list[str]:
+    """Save; which files this rank read again, in order to hash them."""
+    engine = build(config)
+    read_again = []
+
+    def watched(path: Path) -> str:
+        read_again.append(path.name)
+        return sha256_of(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(megatron_ext.checkpoint.directory, "sha256_of", watched)
+        writer = CheckpointWriter(root, engine, background)
+        writer.save(manifest_of(engine, 1), {"run.yaml": "seed: 1\n"})
+        writer.wait()
+    return read_again
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["", "in the background"])
+@pytest.mark.parametrize("layout", DIGESTED)
+def test_every_rank_hashes_what_it_writes(pool: Pool, tmp_path: Path, background: bool, layout: str) -> None:
+    read_again = pool.run(save_and_watch_hashing, 4, tmp_path, tiny(**DIGESTED[layout]), background, timeout=60)
+    assert read_again == [[".metadata", "run.yaml"], [], [], []]
+    checkpoint = find_checkpoint(tmp_path)
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.name != MANIFEST}
+    assert len(list(checkpoint.glob("*.distcp"))) == 4
+    found = read_manifest(checkpoint)
+    assert found.files == {name: len(content) for name, content in files.items()}
+    assert found.sha256 == {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+def test_a_file_that_is_hashed_while_it_is_written_cannot_be_changed(tmp_path: Path) -> None:
+    files = HashingWriter(tmp_path).fs
+    with files.create_stream(tmp_path / "file", "wb") as stream:
+        stream.write(b"some")
+        assert stream.tell() == 4
+        with pytest.raises(OSError):
+            stream.seek(0)
+    with files.create_stream(tmp_path / "file", "rb") as stream:
+        assert stream.read() == b"some"
+    assert files.sha256 == {"file": hashlib.sha256(b"some").hexdigest()}

@@ -51,13 +51,12 @@ def gradients(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def test_logits_equal_transformers(grid: ProcessGrid) -> None:
-    transformers = pytest.importorskip("transformers")
-    from tools.conversion.llama import to_hf_config, to_hf_name
+    pytest.importorskip("transformers")
+    from tests.megatron_ext.hugging_face import llama_like
 
     decoder = make(grid).stages[0].decoder
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**to_hf_config(MODEL))).to(grid.device)
-    weights = {to_hf_name(name): p.full_tensor() for name, p in decoder.named_parameters()}  # type: ignore[attr-defined]
-    theirs.load_state_dict(weights)
+    weights = {name: p.full_tensor() for name, p in decoder.named_parameters()}  # type: ignore[attr-defined]
+    theirs = llama_like(MODEL, weights).to(grid.device)
     tokens = batch(0, grid)["tokens"]
     with torch.no_grad():
         difference = (decoder(tokens) - theirs(input_ids=tokens).logits).abs().max().item()

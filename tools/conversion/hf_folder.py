@@ -1,128 +1,140 @@
 """A Hugging Face model folder as the source of a conversion, and as its result.
 
-config.json, weights as safetensors in one file or in shards with an index, and tokenizer files.
+config.json, generation_config.json, weights in one file or in shards with an index, and tokenizer files.
 """
 
-import contextlib
+import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megatron_ext.checkpoint.read import Weights
 from megatron_ext.checkpoint.write import row_pieces
 from megatron_ext.errors import RequestError
-from megatron_ext.models import parameter_shapes
-from tools.conversion import llama
-from tools.conversion.source import Source, bytes_of
+from megatron_ext.models import ModelConfig
+from megatron_ext.models.names import EMBEDDING, HEAD
+from tools.conversion.families import FAMILIES, Family, family_for, family_of
+from tools.conversion.rows import Binding, bind, theirs_shapes, to_ours, to_theirs
+from tools.conversion.safetensors_file import INDEX, SINGLE, open_folder, write_safetensors
+from tools.conversion.source import CONFIG, GENERATION, Source, bytes_of
+from tools.conversion.torch_files import INDEX as BIN_INDEX
+from tools.conversion.torch_files import SINGLE as BIN_SINGLE
+from tools.conversion.torch_files import open_bin_folder
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def open_hf(folder: Path) -> Source:
     """The model in `folder`; raises RequestError where a file is missing, broken or of an unknown model."""
-    config = _read_config(folder)
-    model = llama.from_hf_config(config)
-    weights = FolderWeights(folder, left_out={"lm_head.weight"} if model.tied else set())
-    source = Source(model, weights, llama.token_ids(config), tokenizer=folder, origin="hugging face")
-    return source.check(f"--input {folder}", "config.json")
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
+    files = {CONFIG: _read_json(folder, CONFIG)}
+    if (folder / GENERATION).is_file():
+        files[GENERATION] = _read_json(folder, GENERATION)
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        family = family_of(files[CONFIG])
+        model = family.read(files[CONFIG])
+    except RequestError as error:
+        raise RequestError(f"--input {folder}: {error}") from error
+    stored = open_tensors(folder)
+    bindings = _locate(bind(family.rules, model), stored, family, model, f"--input {folder}")
+    weights = to_ours(stored, bindings, model)
+    return Source(model, weights, tokenizer=folder, origin="hugging face", hugging_face=files)
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RequestError(f"--input {folder}: config.json cannot be read ({error})") from error
+        raise RequestError(f"--input {folder}: {name} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise RequestError(f"--input {folder}: {name} is no table of fields")
+    return content
 
 
-class FolderWeights:
-    """The `Weights` in a folder's safetensors files, by our names.
+def open_tensors(folder: Path) -> Weights:
+    """All stored tensors by the names in the files: safetensors, or else what torch.save wrote."""
+    has_safetensors = any((folder / name).is_file() for name in (INDEX, SINGLE))
+    has_bin = any((folder / name).is_file() for name in (BIN_INDEX, BIN_SINGLE))
+    return open_bin_folder(folder) if has_bin and not has_safetensors else open_folder(folder)
 
-    left_out: ours of those to pass over.
+
+def _locate(bindings: list[Binding], stored: Weights, family: Family, model: ModelConfig, where: str) -> list[Binding]:
+    """The bindings with names as they are stored. Raises RequestError unless names and shapes are all accounted for."""
+    prefix = family.optional_prefix
+    wanted = theirs_shapes(bindings, model)
+    whole = {name if name in wanted or prefix + name not in wanted else prefix + name: name for name in stored.shapes}
+    found = {full: name for full, name in whole.items() if not full.endswith(family.derived)}
+    spare_head = found.pop(HEAD, None) if HEAD not in wanted else None
+    for problem, names in (("lacks", wanted.keys() - found.keys()), ("has an unknown", found.keys() - wanted.keys())):
+        if names:
+            raise RequestError(f"{where}: {problem} weight {min(names)} ({len(names)} in all)")
+    for full, shape in wanted.items():
+        if stored.shapes[found[full]] != shape:
+            have = tuple(stored.shapes[found[full]])
+            raise RequestError(f"{where}: {found[full]} is {have}, {CONFIG} asks for {tuple(shape)}")
+    located = [dataclasses.replace(binding, theirs=found[binding.theirs]) for binding in bindings]
+    if spare_head is not None:
+        embedding = next(binding.theirs for binding in located if EMBEDDING in binding.ours)
+        _check_copy(stored, spare_head, embedding, where)
+    return located
+
+
+def _check_copy(stored: Weights, head: str, embedding: str, where: str) -> None:
+    """Raise RequestError if a tied model's folder holds another head than its embedding: which counts is a guess."""
+    equal = stored.shapes[head] == stored.shapes[embedding] and all(
+        torch.equal(stored.read_rows(head, *rows), stored.read_rows(embedding, *rows))
+        for rows in row_pieces(stored, embedding)
+    )
+    if not equal:
+        raise RequestError(
+            f"{where}: {CONFIG} says that the head is the embedding (tie_word_embeddings), but {head} differs from "
+            f"{embedding}: set tie_word_embeddings to false, or remove {head}"
+        )
+
+
+def write_hf(source: Source, folder: Path, shard_bytes: int, model_type: str | None = None) -> None:
+    """Write config.json and the weights in files of at most `shard_bytes` (a larger tensor has its own).
+
+    model_type: of FAMILIES; by default the one that the model came from, else the first that has words for it.
     """
-
-    def __init__(self, folder: Path, left_out: set[str]):
-        self._folder = folder
-        self.shapes: dict[str, torch.Size] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self._places: dict[str, tuple[str, str]] = {}
-        for file in _files(folder):
-            with self._open(file) as shard:
-                for key in shard.keys():  # noqa: SIM118  # safe_open is no mapping
-                    name = llama.from_hf_name(key)
-                    if name in left_out or llama.is_derived(name):
-                        continue
-                    part = shard.get_slice(key)
-                    self.shapes[name], self.dtypes[name] = torch.Size(part.get_shape()), part[0:0].dtype
-                    self._places[name] = file, key
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        file, key = self._places[name]
-        with self._open(file) as shard:
-            return shard.get_slice(key)[start:stop]
-
-    @contextlib.contextmanager
-    def _open(self, file: str) -> Iterator[Any]:
-        if not (self._folder / file).is_file():
-            raise RequestError(f"--input {self._folder}: {file} is missing")
-        try:
-            with safe_open(self._folder / file, framework="pt") as shard:
-                yield shard
-        except SafetensorError as error:
-            raise RequestError(f"--input {self._folder}: {file} is not a whole safetensors file ({error})") from error
-
-
-def _files(folder: Path) -> list[str]:
-    if not (folder / INDEX).is_file():
-        return [SINGLE]
-    try:
-        return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError) as error:
-        raise RequestError(f"--input {folder}: {INDEX} cannot be read ({error})") from error
-
-
-def write_hf(source: Source, folder: Path, shard_bytes: int) -> None:
-    """Write config.json and the weights in files of at most `shard_bytes` (a larger tensor has its own)."""
-    weights = source.weights
-    config = llama.to_hf_config(source.model) | source.token_ids
-    config["dtype"] = config["torch_dtype"] = str(weights.dtypes["embed_tokens.weight"]).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    sizes = {name: bytes_of(weights, name) for name in parameter_shapes(source.model)}
+    family, files = describe(source, model_type)
+    weights = to_theirs(source.weights, bind(family.rules, source.model))
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sizes = {name: bytes_of(weights, name) for name in weights.shapes}
     shards = _fill_shards(sizes, shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(weights, names, folder / file)
-        weight_map |= dict.fromkeys(map(llama.to_hf_name, names), file)
+        write_safetensors(folder / file, weights, names)
+        weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(weights: Weights, names: list[str], file: Path) -> None:
-    """One safetensors file, a piece of a weight in memory at a time.
+def describe(source: Source, model_type: str | None) -> tuple[Family, dict[str, Any]]:
+    """The family to which a model goes, and config.json and generation_config.json by file name.
 
-    Its format: the length of the header (8 bytes, little endian), the header in JSON, padded with spaces to a multiple
-    of 8 bytes, the values (https://huggingface.co/docs/safetensors, "Format").
+    What came with the model stays as it was, but for what has changed. Raises RequestError where the family lacks
+    words for the model.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        start, end = end, end + bytes_of(weights, name)
-        kind, shape = _KINDS[weights.dtypes[name]], list(weights.shapes[name])
-        header[llama.to_hf_name(name)] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            for rows in row_pieces(weights, name):
-                stream.write(weights.read_rows(name, *rows).contiguous().view(torch.uint8).numpy().data)
+    carried = source.hugging_face or {}
+    config = carried.get(CONFIG, {})
+    if model_type is not None:
+        family = FAMILIES[model_type]
+    else:
+        family = family_of(config) if "model_type" in config else family_for(source.model)
+    dtype = str(source.weights.dtypes[EMBEDDING]).removeprefix("torch.")
+    if config.get("model_type") == family.model_type:
+        config = family.update(config, source.model)
+        config |= {name: dtype for name in ("dtype", "torch_dtype") if name in config}
+    else:
+        tokens = {name: config[name] for name in _TOKEN_IDS if name in config}
+        config = family.write(source.model) | {"dtype": dtype, "torch_dtype": dtype} | tokens
+    ids = {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
+    return family, {CONFIG: config, GENERATION: carried.get(GENERATION, {"_from_model_config": True} | ids)}
 
 
 def _fill_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:

@@ -15,15 +15,21 @@ from tools.conversion.source import Source
 
 def open_native(folder: Path) -> Source:
     """The checkpoint that `folder` is, or whose folder it is; adapters that it has are merged into the weights."""
-    checkpoint = find_checkpoint(folder)
-    manifest = read_manifest(checkpoint)
+    checkpoint = find_checkpoint(folder, "--input")
+    manifest = read_manifest(checkpoint, "--input")
     weights: Weights = WeightReader(checkpoint)
     adapters = 0
     if manifest.lora is not None:
         weights = merged = MergedWeights(weights, LoraConfig(**manifest.lora))
         adapters = merged.adapters
-    model = ModelConfig(**manifest.model)
-    source = Source(model, weights, token_ids={}, tokenizer=None, origin="native", merged_adapters=adapters)
+    source = Source(
+        ModelConfig(**manifest.model),
+        weights,
+        tokenizer=None,
+        origin="native",
+        hugging_face=manifest.hugging_face,
+        merged_adapters=adapters,
+    )
     return source.check(f"--input {checkpoint}", "manifest.json")
 
 
@@ -36,6 +42,7 @@ def write_native(source: Source, folder: Path) -> None:
         model=dataclasses.asdict(source.model),
         layout={"source": source.origin},
         has_optimizer=False,
+        hugging_face=source.hugging_face,
     )
     partial = partial_path(folder, manifest.iteration)
     partial.mkdir()

@@ -14,6 +14,8 @@ from megatron_ext.checkpoint.read import Weights
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, parameter_shapes
 
+CONFIG, GENERATION = "config.json", "generation_config.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -21,18 +23,25 @@ class Source:
 
     Attributes:
         weights: by our global names; all that `model` has, and no others.
-        token_ids: config.json's ids of special tokens, where the source knows them.
-        tokenizer: folder of the tokenizer that lies beside the weights, if one does.
+        tokenizer: file or folder of the tokenizer that lies beside the weights, if one does.
         origin: where it comes from, for the manifest.
+        hugging_face: contents of config.json and generation_config.json by file name, as they came: what they say
+            beyond the shape is to arrive with the weights. Where neither did: ids of special tokens, or nothing.
         merged_adapters: how many low-rank adapters of the source have become part of the weights.
     """
 
     model: ModelConfig
     weights: Weights
-    token_ids: dict[str, Any]
     tokenizer: Path | None
     origin: str
+    hugging_face: dict[str, Any] | None = None
     merged_adapters: int = 0
+
+    def with_tokenizer(self, tokenizer: Path, token_ids: dict[str, int | None]) -> "Source":
+        """Itself with another tokenizer, and its ids of special tokens where they differ from what came along."""
+        files = self.hugging_face or {CONFIG: {}}
+        updated = {name: _with_ids(content, token_ids) for name, content in files.items()}
+        return dataclasses.replace(self, tokenizer=tokenizer, hugging_face=updated)
 
     def check(self, where: str, description: str) -> "Source":
         """Itself, or RequestError naming the first weight that is missing, left over or of another shape.
@@ -50,6 +59,17 @@ class Source:
             if found[name] != shape:
                 raise RequestError(f"{where}: {name} is {tuple(found[name])}, {description} asks for {tuple(shape)}")
         return self
+
+
+def _with_ids(content: dict[str, Any], token_ids: dict[str, int | None]) -> dict[str, Any]:
+    """A model may end at several tokens, or pad with one that its tokenizer does not know: that stays."""
+    content = dict(content)
+    for name, index in token_ids.items():
+        known = content.get(name)
+        several = isinstance(known, list) and index in known
+        if name not in content or (index is not None and not several):
+            content[name] = index
+    return content
 
 
 class CastWeights:

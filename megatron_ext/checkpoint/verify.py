@@ -1,0 +1,127 @@
+"""Whether a native checkpoint is whole: its files, their digests, and every tensor that its model asks for."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from megatron_ext.checkpoint.digest import sha256_of
+from megatron_ext.checkpoint.directory import MANIFEST, Manifest, incomplete_files
+from megatron_ext.checkpoint.state import LOSS_SCALER, MODEL, OPTIMIZER, STEPS, random_key
+from megatron_ext.errors import RequestError
+from megatron_ext.models import ModelConfig, parameter_shapes
+from megatron_ext.optim import TrainableConfig
+from megatron_ext.optim.optimizer import MOMENTS
+from megatron_ext.tensor_parallel import LoraConfig
+
+METADATA = ".metadata"
+
+Problem = tuple[str, str]  # a file of the checkpoint, and what is wrong with it
+Shapes = dict[str, tuple[int, ...] | None]
+
+
+def find_problems(
+    checkpoint: Path, manifest: Manifest, checksums: bool, advance: Callable[[int], object]
+) -> Iterator[Problem]:
+    """All that is wrong with a checkpoint: files first, then, if .metadata can be trusted, tensors.
+
+    manifest: as `parse_manifest` gives it. checksums: read every file and compare its digest; `advance` is told of the
+    bytes as they are read.
+    """
+    spoiled: set[str] = set()
+    for problem in _file_problems(checkpoint, manifest, checksums, advance):
+        spoiled.add(problem[0])
+        yield problem
+    if METADATA in spoiled:
+        return
+    try:
+        asked = asked_tensors(manifest)
+    except (RequestError, TypeError) as error:
+        yield MANIFEST, f"describes no model that this program knows ({error})"
+        return
+    try:
+        yield from ((METADATA, what) for what in _tensor_problems(_read_metadata(checkpoint), asked, manifest))
+    except Exception as error:  # a pickle with another content fails in any way
+        yield METADATA, f"cannot be read ({type(error).__name__}: {error})"
+
+
+def model_of(manifest: Manifest) -> tuple[ModelConfig, LoraConfig | None]:
+    """The model and its adapters. Raises RequestError or TypeError where the manifest does not describe one."""
+    model = ModelConfig(**manifest.model)
+    model.validate()
+    return model, None if manifest.lora is None else LoraConfig(**manifest.lora)
+
+
+def asked_tensors(manifest: Manifest) -> Shapes:
+    """Key -> shape of every tensor that a checkpoint with this manifest must have; None: any. Raises as `model_of`.
+
+    All weights; with optimizer state also both moments of whatever is trained, and the random state of every rank that
+    wrote, whose length depends on its device.
+    """
+    shapes = parameter_shapes(*model_of(manifest))
+    asked: Shapes = {MODEL + name: tuple(shape) for name, shape in shapes.items()}
+    if manifest.has_optimizer:
+        trainable = TrainableConfig(**(manifest.trainable or {}))
+        trained = [name for name in shapes if trainable.trains(name)]
+        asked |= {f"{OPTIMIZER}{moment}.{name}": tuple(shapes[name]) for name in trained for moment in MOMENTS}
+        ranks = range(manifest.layout.get("world_size", 0))
+        asked |= {STEPS: (), LOSS_SCALER: None} | {random_key(rank): None for rank in ranks}
+    return asked
+
+
+def _file_problems(
+    checkpoint: Path, manifest: Manifest, checksums: bool, advance: Callable[[int], object]
+) -> Iterator[Problem]:
+    incomplete = dict(incomplete_files(checkpoint, manifest))
+    yield from incomplete.items()
+    if METADATA not in manifest.files:
+        yield METADATA, f"is not in the list of {MANIFEST}"
+    if not manifest.sha256:
+        return
+    for name in sorted(manifest.files.keys() ^ manifest.sha256.keys()):
+        yield name, f"has only one of size and digest in {MANIFEST}"
+    for name in manifest.sha256 if checksums else ():
+        if name in incomplete or name not in manifest.files:
+            continue
+        try:
+            if sha256_of(checkpoint / name, advance) != manifest.sha256[name]:
+                yield name, "differs from its digest"
+        except OSError as error:
+            yield name, f"cannot be read ({error.strerror})"
+
+
+def _read_metadata(checkpoint: Path) -> Metadata:
+    return dcp.FileSystemReader(checkpoint).read_metadata()
+
+
+def _tensor_problems(metadata: Metadata, asked: Shapes, manifest: Manifest) -> Iterator[str]:
+    entries = metadata.state_dict_metadata
+    if missing := [key for key in asked if key not in entries]:
+        yield f"lacks {_several(missing)}"
+    if unknown := [key for key in entries if key.startswith((MODEL, OPTIMIZER)) and key not in asked]:
+        yield f"has {_several(unknown)}, which the model does not"
+    for key, entry in entries.items():
+        if key not in asked or not isinstance(entry, TensorStorageMetadata):
+            continue
+        shape, wanted = tuple(entry.size), asked[key]
+        if wanted is not None and shape != wanted:
+            yield f"{key} is {shape}, the model asks for {wanted}"
+        elif not _is_stored(key, entry, metadata.storage_data, manifest.files):
+            yield f"{key} is not stored whole in the files of {MANIFEST}"
+
+
+def _is_stored(key: str, entry: TensorStorageMetadata, storage: Any, sizes: dict[str, int]) -> bool:
+    """Whether the pieces of a tensor are as many elements as it has, and each lies within a file."""
+    elements = 0
+    for chunk in entry.chunks:
+        place = storage.get(MetadataIndex(key, chunk.offsets))
+        if place is not None and place.offset + place.length <= sizes.get(place.relative_path, 0):
+            elements += chunk.sizes.numel()
+    return elements == entry.size.numel()
+
+
+def _several(keys: list[str]) -> str:
+    first, *rest = keys
+    return first if not rest else f"{first} and {len(rest)} more"

@@ -1,0 +1,287 @@
+"""Conversion against megatron-core itself: its GPTModel, its loader, its writer; and a clear word about bad input."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import queue
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from megatron_ext.checkpoint import write
+from megatron_ext.errors import RequestError
+from megatron_ext.models import ModelConfig, parameter_shapes
+from megatron_ext.models.decoder import whole_model
+from tests.distributed import Pool
+from tools.conversion.megatron_args import from_args, to_args
+from tools.conversion.megatron_core import open_megatron, write_megatron
+from tools.conversion.pieces import KeptPieces
+from tools.conversion.source import Source
+
+BASE = ModelConfig(
+    num_layers=3,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=997,
+    max_position_embeddings=64,
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one key each": {"num_query_groups": None, "kv_channels": 16, "norm_epsilon": 1e-6},
+    "tied, 49953": {"untie_embeddings_and_output_weights": False, "vocab_size": 49953},
+    "biases of queries, norms of heads": {"add_qkv_bias": True, "qk_layernorm": True},
+    "biases": {"add_bias_linear": True},
+    "llama3": {"rope_scaling": "llama3", "rope_scaling_factor": 32.0, "rotary_base": 500000.0},
+    "linear": {"rope_scaling": "linear", "rope_scaling_factor": 4.0},
+    "partial": {"rotary_percent": 0.5, "rotary_interleaved": True},
+    "window": {"window_size": 5},
+    "GPT-2": {
+        "normalization": "LayerNorm",
+        "activation": "gelu-tanh",
+        "add_bias_linear": True,
+        "position_embedding_type": "learned_absolute",
+        "untie_embeddings_and_output_weights": False,
+        "qk_layernorm": True,
+    },
+    "GELU": {"normalization": "LayerNorm", "activation": "gelu", "rotary_base": 12345.5},
+}
+IDS = (torch.arange(2 * 40).view(2, 40) * 7) % 997
+
+
+class Tensors:
+    """`Weights` that are in memory, and remember the largest request."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self.tensors = tensors
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        self.largest = self.total = 0
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        rows = self.tensors[name][start:stop]
+        self.largest, self.total = max(self.largest, rows.nbytes), self.total + rows.nbytes
+        return rows
+
+
+def model_of(variant: str) -> ModelConfig:
+    return dataclasses.replace(BASE, **VARIANTS[variant])
+
+
+def source_of(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Source:
+    """Random weights, by the name alone."""
+    torch.manual_seed(0)
+    tensors = {
+        name: (torch.randn(shape) * 0.2 + ("norm" in name and name.endswith("weight"))).to(dtype)
+        for name, shape in parameter_shapes(model).items()
+    }
+    return Source(model, Tensors(tensors), tokenizer=None, origin="test")
+
+
+def read_all(source: Source) -> dict[str, torch.Tensor]:
+    return {name: source.weights.read_rows(name, 0, shape[0]) for name, shape in source.weights.shapes.items()}
+
+
+def expected(model: ModelConfig, ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """GPTModel's parameters on one rank, put together from ours without the tables of the conversion."""
+    model = model.resolved()
+    heads, groups, d, h = model.num_attention_heads, model.kv_heads, model.head_dim, model.hidden_size
+    fused: dict[str, torch.Tensor] = {"embedding.word_embeddings.weight": ours["embed_tokens.weight"]}
+    if model.position_embedding_type == "learned_absolute":
+        fused["embedding.position_embeddings.weight"] = ours["embed_positions.weight"]
+    if not model.tied:
+        fused["output_layer.weight"] = ours["lm_head.weight"]
+    for name, tensor in ours.items():
+        kind = name.rsplit(".", 1)[1]
+        if name.startswith("norm."):
+            fused[f"decoder.final_layernorm.{kind}"] = tensor
+        if not name.startswith("layers."):
+            continue
+        layer, part = ".".join(name.split(".")[:2]), ".".join(name.split(".")[2:-1])
+        prefix, width = f"decoder.{layer}.", (h,) if kind == "weight" else ()
+        match part:
+            case "input_layernorm":
+                fused[f"{prefix}input_layernorm.{kind}"] = tensor
+            case "post_attention_layernorm":
+                fused[f"{prefix}pre_mlp_layernorm.{kind}"] = tensor
+            case "self_attn.q_norm" | "self_attn.k_norm":
+                fused[f"{prefix}self_attention.{part[10]}_layernorm.{kind}"] = tensor
+            case "self_attn.o_proj":
+                fused[f"{prefix}self_attention.linear_proj.{kind}"] = tensor
+            case "mlp.down_proj":
+                fused[f"{prefix}mlp.linear_fc2.{kind}"] = tensor
+            case "mlp.up_proj":
+                gate = ours.get(f"{layer}.mlp.gate_proj.{kind}")
+                fused[f"{prefix}mlp.linear_fc1.{kind}"] = tensor if gate is None else torch.cat([gate, tensor])
+            case "self_attn.q_proj":
+                rows = torch.empty(groups, heads // groups + 2, d, *width, dtype=tensor.dtype)
+                rows[:, :-2] = tensor.view(groups, heads // groups, d, *width)
+                rows[:, -2] = ours[f"{layer}.self_attn.k_proj.{kind}"].view(groups, d, *width)
+                rows[:, -1] = ours[f"{layer}.self_attn.v_proj.{kind}"].view(groups, d, *width)
+                fused[f"{prefix}self_attention.linear_qkv.{kind}"] = rows.flatten(0, 2)
+    return fused
+
+
+def gpt(args: argparse.Namespace, vocab_size: int) -> Any:
+    """megatron-core's model of these arguments, made from them as Megatron-LM does."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    named = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(TransformerConfig)
+        if hasattr(args, field.name)
+    }
+    config = TransformerConfig(
+        **named
+        | {
+            "tensor_model_parallel_size": dist.get_world_size(),
+            "num_query_groups": args.num_query_groups if args.group_query_attention else None,
+            "layernorm_epsilon": args.norm_epsilon,
+            "activation_func": F.silu if args.swiglu else F.gelu,
+            "gated_linear_unit": args.swiglu,
+            "bias_activation_fusion": not args.swiglu and args.bias_gelu_fusion,
+            "use_cpu_initialization": True,
+            "masked_softmax_fusion": False,
+        }
+    )
+    return GPTModel(
+        config,
+        get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization),
+        vocab_size=vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+    )
+
+
+def load(folder: Path, divisible_by: int = 1) -> tuple[Any, argparse.Namespace]:
+    """A GPTModel filled from the checkpoint by megatron-core's loader, its vocabulary padded."""
+    from megatron.core import dist_checkpointing
+
+    args = dist_checkpointing.load_common_state_dict(str(folder))["args"]
+    model = gpt(args, -(-args.vocab_size // divisible_by) * divisible_by)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    asked = {"model": {key: value for key, value in model.sharded_state_dict().items() if "_extra_state" not in key}}
+    loaded, missing, unexpected = dist_checkpointing.load(asked, str(folder), strict="return_all")
+    assert not missing
+    assert not unexpected
+    model.load_state_dict(loaded["model"], strict=False)
+    return model, args
+
+
+def save(model: Any, args: argparse.Namespace, folder: Path, metadata: dict[str, Any]) -> None:
+    """Have megatron-core write a checkpoint. Its writer asks for CUDA's queue to drain and starts processes."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+    torch.cuda.synchronize = lambda *_: None
+    filesystem_async._results_queue = queue.Queue()
+    multiprocessing.process.current_process()._config["daemon"] = False
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    state = {
+        "model": model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(metadata)),
+        "optimizer.state": dist_checkpointing.ShardedTensor.from_rank_offsets("optimizer.state.exp_avg", torch.ones(4)),
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": 7,
+    }
+    dist_checkpointing.save(state, str(folder), validate_access_integrity=False)
+
+
+class OnCpu(TorchFunctionMode):
+    """What megatron-core makes on "cuda" is made on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+def parameters_and_logits(root: Path, variants: list[str]) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Of every variant's checkpoint in megatron-core's model; what it loaded is also written again by it."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.transformer.enums import AttnBackend
+
+    parallel_state.initialize_model_parallel()
+    torch.cuda.current_device = lambda: "cpu"  # where the rotary embedding moves its frequencies to
+    no_dropout = types.SimpleNamespace(fork=contextlib.nullcontext)
+    tensor_parallel.get_cuda_rng_tracker = lambda: no_dropout  # the states of generators on GPUs
+    found = {}
+    for variant in variants:
+        model, args = load(root / variant / "ours" / "release")
+        args.attention_backend, args.unknown = AttnBackend.auto, Path("x")
+        metadata = {"plain": {"non_homogeneous_layers": True}, "biases": {"singleton_local_shards": True}}
+        save(model, args, root / variant / "theirs" / "iter_0000007", metadata.get(variant, {}))
+        (root / variant / "theirs" / "latest_checkpointed_iteration.txt").write_text("7")
+        positions = torch.arange(IDS.shape[1]).expand_as(IDS)
+        mask = torch.ones(1, 1, IDS.shape[1], IDS.shape[1]).tril() < 0.5
+        with torch.no_grad(), OnCpu():
+            logits = model(IDS, positions, mask)
+        found[variant] = {name: parameter.detach() for name, parameter in model.named_parameters()}, logits
+    return found
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every variant as we write it: VARIANT/ours."""
+    root = tmp_path_factory.mktemp("megatron")
+    for variant in VARIANTS:
+        (root / variant / "ours").mkdir(parents=True)
+        write_megatron(source_of(model_of(variant)), root / variant / "ours")
+    return root
+
+
+@pytest.fixture(scope="module")
+def theirs(pool: Pool, root: Path) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """What megatron-core makes of them; it also writes VARIANT/theirs."""
+    return pool.run(parameters_and_logits, 1, root, list(VARIANTS))[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_megatron_core_loads_what_we_write(variant: str, theirs: Any) -> None:
+    model = model_of(variant)
+    parameters, logits = theirs[variant]
+    ours = read_all(source_of(model))
+    wanted = expected(model, ours)
+    assert parameters.keys() == wanted.keys()
+    for name, tensor in parameters.items():
+        assert torch.equal(tensor, wanted[name]), name
+    decoder = whole_model(model)
+    decoder.load_state_dict(ours | ({"lm_head.weight": ours["embed_tokens.weight"]} if model.tied else {}), assign=True)
+    with torch.no_grad():
+        assert (decoder(IDS) - logits).abs().max() <= 1e-4 * logits.abs().max()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("inner", ["", "iter_0000007"])
+def test_we_load_what_megatron_core_writes(variant: str, inner: str, root: Path, theirs: Any) -> None:
+    model = model_of(variant)
+    source = open_megatron(root / variant / "theirs" / inner)
+    assert source.model.resolved() == model.resolved()
+    back, ours = read_all(source), read_all(source_of(model))
+    assert list(back) == list(parameter_shapes(model))
+    for name, tensor in back.items():
+        assert torch.equal(tensor, ours[name]), name

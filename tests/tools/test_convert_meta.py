@@ -1,0 +1,293 @@
+"""Meta's form of LLaMA: against a model written here from Meta's formulas, in Meta's order of rows."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_ext.errors import RequestError
+from megatron_ext.models import preset
+from tools.conversion import meta
+from tools.conversion.hf_folder import write_hf
+from tools.conversion.meta import open_meta
+from tools.conversion.native import open_native, write_native
+from tools.conversion.source import Source
+
+Tensors = dict[str, torch.Tensor]
+
+DIM, LAYERS, HEADS, KV_HEADS, FFN, VOCABULARY = 64, 2, 8, 4, 192, 100
+HEAD = DIM // HEADS
+PARAMS = {
+    "dim": DIM,
+    "n_layers": LAYERS,
+    "n_heads": HEADS,
+    "n_kv_heads": KV_HEADS,
+    "multiple_of": 32,
+    "norm_eps": 1e-5,
+    "vocab_size": -1,
+}
+SCALED = {"use_scaled_rope": True, "rope_scaling_factor": 32, "rope_theta": 500000.0}
+
+
+def meta_tensors(vocabulary: int = VOCABULARY) -> Tensors:
+    """A checkpoint's tensors, whole, with Meta's names."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    tensors = {"tok_embeddings.weight": draw(vocabulary, DIM), "norm.weight": 1 + draw(DIM)}
+    tensors |= {"output.weight": draw(vocabulary, DIM), "rope.freqs": torch.ones(HEAD // 2)}
+    for layer in range(LAYERS):
+        shapes = {
+            "attention.wq": (HEADS * HEAD, DIM),
+            "attention.wk": (KV_HEADS * HEAD, DIM),
+            "attention.wv": (KV_HEADS * HEAD, DIM),
+            "attention.wo": (DIM, HEADS * HEAD),
+            "feed_forward.w1": (FFN, DIM),
+            "feed_forward.w2": (DIM, FFN),
+            "feed_forward.w3": (FFN, DIM),
+        }
+        tensors |= {f"layers.{layer}.{name}.weight": draw(*shape) for name, shape in shapes.items()}
+        tensors |= {f"layers.{layer}.{name}.weight": 1 + draw(DIM) for name in ("attention_norm", "ffn_norm")}
+    return tensors
+
+
+def write_meta(folder: Path, tensors: Tensors, shards: int = 1, embedding_axis: int = 1, **params: Any) -> Path:
+    """The files of `shards` ranks: ColumnParallelLinear has a share of the rows, RowParallelLinear of the columns."""
+    folder.mkdir(parents=True)
+    (folder / "params.json").write_text(json.dumps(PARAMS | params))
+    for rank in range(shards):
+        state = {}
+        for name, tensor in tensors.items():
+            if name == "tok_embeddings.weight":
+                axis = embedding_axis
+            elif name.endswith(("wo.weight", "w2.weight")):
+                axis = 1
+            else:
+                axis = 0
+            whole = tensor.ndim == 1
+            state[name] = tensor if whole else tensor.tensor_split(shards, dim=axis)[rank].clone()
+        if shards == 1:
+            state = tensors  # with tied tensors tied
+        torch.save(state, folder / f"consolidated.{rank:02d}.pth")
+    return folder
+
+
+def meta_logits(tensors: Tensors, ids: torch.Tensor, positions: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
+    """LLaMA as its code computes it, for one sequence: neighbouring elements of a head are a complex number that is
+    multiplied by e^(i m theta_j) at position m (RoFormer, arXiv 2104.09864, equation 12 in complex form)."""
+    weights = {name: tensor.double() for name, tensor in tensors.items()}
+    frequencies = params.get("rope_theta", 10000.0) ** -(torch.arange(0, HEAD, 2).double() / HEAD)
+    if params.get("use_scaled_rope"):
+        scaled = []
+        for frequency in frequencies.tolist():  # Llama 3.1's apply_scaling
+            wavelength, factor = 2 * torch.pi / frequency, params["rope_scaling_factor"]
+            if wavelength < 8192 / 4:
+                scaled.append(frequency)
+            elif wavelength > 8192 / 1:
+                scaled.append(frequency / factor)
+            else:
+                smooth = (8192 / wavelength - 1) / (4 - 1)
+                scaled.append((1 - smooth) * frequency / factor + smooth * frequency)
+        frequencies = torch.tensor(scaled, dtype=torch.float64)
+    turns = torch.polar(torch.ones(len(positions), HEAD // 2).double(), torch.outer(positions.double(), frequencies))
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + params["norm_eps"]) * weights[f"{name}.weight"]
+
+    def heads(x: torch.Tensor, name: str, rotated: bool) -> torch.Tensor:
+        x = (x @ weights[f"{name}.weight"].T).view(len(ids), -1, HEAD)
+        if rotated:
+            pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+            x = torch.view_as_real(pairs * turns[:, None]).flatten(2)
+        return x.repeat_interleave(HEADS // x.shape[1], dim=1).transpose(0, 1)
+
+    mask = torch.full((len(ids), len(ids)), -torch.inf).triu(1)
+    x = weights["tok_embeddings.weight"][ids]
+    for layer in range(params["n_layers"]):
+        name = f"layers.{layer}."
+        y = norm(x, name + "attention_norm")
+        q, k = heads(y, name + "attention.wq", rotated=True), heads(y, name + "attention.wk", rotated=True)
+        scores = (q @ k.transpose(1, 2) / HEAD**0.5 + mask).softmax(-1)
+        mixed = scores @ heads(y, name + "attention.wv", rotated=False)
+        x = x + mixed.transpose(0, 1).flatten(1) @ weights[name + "attention.wo.weight"].T
+        y = norm(x, name + "ffn_norm")
+        gate, up = (y @ weights[f"{name}feed_forward.{part}.weight"].T for part in ("w1", "w3"))
+        x = x + (torch.nn.functional.silu(gate) * up) @ weights[name + "feed_forward.w2.weight"].T
+    return norm(x, "norm") @ weights["output.weight"].T
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "one file": {},
+    "two files": {"shards": 2},
+    "four files": {"shards": 4},
+    "four files of vocabulary rows": {"shards": 4, "embedding_axis": 0, "vocab_size": VOCABULARY},
+    "scaled rotation": {"shards": 2} | SCALED,
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transformers_computes_what_meta_does(tmp_path: Path, variant: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    tensors = meta_tensors()
+    source = open_meta(write_meta(tmp_path / "meta", tensors, **VARIANTS[variant]), max_position_embeddings=32768)
+    (tmp_path / "hf").mkdir()
+    write_hf(source, tmp_path / "hf", shard_bytes=10**9)
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float64)
+
+    ids = torch.arange(20) * 37 % VOCABULARY
+    for spread in (1, 500):  # the latter is what the scaling of long waves shows in
+        positions = torch.arange(20) * spread
+        expected = meta_logits(tensors, ids, positions, PARAMS | VARIANTS[variant])
+        found = model(input_ids=ids[None], position_ids=positions[None]).logits[0]
+        # transformers takes angles in float32, which at position 9500 is 5e-4 of a turn
+        assert (found - expected).abs().max() <= (1e-5 if spread == 1 else 1e-3)
+        assert expected.std() > 0.1
+
+
+def read(source: Source, name: str) -> torch.Tensor:
+    return source.weights.read_rows(name, 0, source.weights.shapes[name][0])
+
+
+def test_native_checkpoint_is_bitwise_equal_whatever_the_shards(tmp_path: Path) -> None:
+    tensors = meta_tensors()
+    one = open_meta(write_meta(tmp_path / "1", tensors), max_position_embeddings=128)
+    for shards in (1, 2, 4):
+        source = open_meta(write_meta(tmp_path / f"of{shards}", tensors, shards), max_position_embeddings=128)
+        (tmp_path / f"native{shards}").mkdir()
+        write_native(source, tmp_path / f"native{shards}")
+        native = open_native(tmp_path / f"native{shards}")
+        assert native.model == source.model
+        assert native.weights.shapes.keys() == one.weights.shapes.keys()
+        for name in one.weights.shapes:
+            assert torch.equal(read(native, name), read(one, name)), name
+
+
+@pytest.mark.parametrize("shards", (1, 2, 4))
+def test_rows_are_those_of_the_whole(tmp_path: Path, shards: int) -> None:
+    source = open_meta(write_meta(tmp_path / "meta", meta_tensors(), shards), max_position_embeddings=128)
+    for name, shape in source.weights.shapes.items():
+        whole = read(source, name)
+        assert whole.shape == shape
+        for start, stop in ((0, 1), (3, 3), (5, 21), (13, shape[0]), (shape[0] - 1, shape[0])):
+            assert torch.equal(source.weights.read_rows(name, start, stop), whole[start:stop]), (name, start, stop)
+
+
+def test_rows_of_a_head_come_in_halves(tmp_path: Path) -> None:
+    tensors = meta_tensors()
+    source = open_meta(write_meta(tmp_path / "meta", tensors, shards=2), max_position_embeddings=128)
+    theirs, ours = tensors["layers.1.attention.wk.weight"], read(source, "layers.1.self_attn.k_proj.weight")
+    for head in range(KV_HEADS):
+        for pair in range(HEAD // 2):
+            for half in range(2):
+                assert torch.equal(ours[head * HEAD + half * HEAD // 2 + pair], theirs[head * HEAD + 2 * pair + half])
+
+
+def test_vocabulary_that_the_files_do_not_share_evenly(tmp_path: Path) -> None:
+    tensors = meta_tensors(vocabulary=101)
+    source = open_meta(write_meta(tmp_path / "meta", tensors, shards=2), max_position_embeddings=128)
+    assert source.model.vocab_size == 101
+    assert torch.equal(read(source, "lm_head.weight"), tensors["output.weight"])
+
+
+@pytest.mark.parametrize("stored", (True, False))
+def test_tied_matrices_are_one_parameter(tmp_path: Path, stored: bool) -> None:
+    tensors = meta_tensors()
+    if stored:
+        tensors["output.weight"] = tensors["tok_embeddings.weight"]
+    else:
+        del tensors["output.weight"]
+    source = open_meta(write_meta(tmp_path / "meta", tensors), max_position_embeddings=128)
+    assert source.model.tied
+    assert "lm_head.weight" not in source.weights.shapes
+
+
+def test_fields(tmp_path: Path) -> None:
+    folder = write_meta(tmp_path / "meta", meta_tensors(), **SCALED, ffn_dim_multiplier=1.01, max_seq_len=2048)
+    model = open_meta(folder, max_position_embeddings=4096).model
+    assert (model.rope_scaling, model.rope_scaling_factor, model.rope_original_max_position) == ("llama3", 32.0, 8192)
+    assert (model.rotary_base, model.norm_epsilon, model.max_position_embeddings) == (500000.0, 1e-5, 4096)
+    assert (model.ffn_hidden_size, model.kv_heads, model.vocab_size) == (FFN, KV_HEADS, VOCABULARY)
+
+
+# params.json as they are published with these models
+PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
+    "llama-7b": (
+        1,
+        {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-6, "vocab_size": -1},
+    ),
+    "llama2-13b": (
+        2,
+        {"dim": 5120, "multiple_of": 256, "n_heads": 40, "n_layers": 40, "norm_eps": 1e-5, "vocab_size": -1},
+    ),
+    "llama2-70b": (
+        8,
+        {"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8}
+        | {"n_layers": 80, "norm_eps": 1e-5, "vocab_size": -1},
+    ),
+    "llama3-8b": (
+        1,
+        {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 1024}
+        | {"ffn_dim_multiplier": 1.3, "norm_eps": 1e-5, "rope_theta": 500000.0},
+    ),
+    "llama3.1-8b": (
+        1,
+        {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 1024}
+        | {"ffn_dim_multiplier": 1.3, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True},
+    ),
+    "llama3.2-1b": (
+        1,
+        {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 256}
+        | {"ffn_dim_multiplier": 1.5, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True},
+    ),
+    "llama3.2-3b": (
+        1,
+        {"dim": 3072, "n_layers": 28, "n_heads": 24, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 256}
+        | {"ffn_dim_multiplier": 1.0, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_known(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files of the models' own sizes, whose values are holes that take no room."""
+    shards, params = PUBLISHED[name]
+    dim, kv_heads, head = params["dim"], params.get("n_kv_heads", params["n_heads"]), params["dim"] // params["n_heads"]
+    ffn, vocabulary = preset(name).ffn_hidden_size, preset(name).vocab_size
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    with FakeTensorMode():
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.bfloat16)
+
+        columns = (vocabulary, dim // shards)
+        state = {"tok_embeddings.weight": empty(*columns), "norm.weight": empty(dim)}
+        tied = preset(name).tied
+        state["output.weight"] = state["tok_embeddings.weight"] if tied else empty(vocabulary // shards, dim)
+        for layer in range(params["n_layers"]):
+            shapes = {
+                "attention.wq": (dim // shards, dim),
+                "attention.wk": (kv_heads * head // shards, dim),
+                "attention.wv": (kv_heads * head // shards, dim),
+                "attention.wo": (dim, dim // shards),
+                "feed_forward.w1": (ffn // shards, dim),
+                "feed_forward.w2": (dim, ffn // shards),
+                "feed_forward.w3": (ffn // shards, dim),
+                "attention_norm": (dim,),
+                "ffn_norm": (dim,),
+            }
+            state |= {f"layers.{layer}.{module}.weight": empty(*shape) for module, shape in shapes.items()}
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        for rank in range(shards):
+            torch.save(state, tmp_path / f"consolidated.{rank:02d}.pth")
+    source = open_meta(tmp_path)
+    assert source.model.resolved() == preset(name).resolved()
+    assert f"--max-position-embeddings {source.model.max_position_embeddings}" in capsys.readouterr().out
+    ids = (source.hugging_face or {}).get("config.json", {})
+    assert ids.get("bos_token_id") == (128000 if name.startswith("llama3") else None)
+    assert open_meta(tmp_path, max_position_embeddings=300).model.max_position_embeddings == 300

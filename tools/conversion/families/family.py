@@ -1,0 +1,97 @@
+"""One model type of Hugging Face against ours: what it calls the shape and the tensors, in both directions."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_ext.errors import RequestError
+from megatron_ext.models import ModelConfig
+from tools.conversion.families.rope import ROPE_FIELDS, read_rope, write_rope
+from tools.conversion.rows import Rule
+
+Config = dict[str, Any]
+
+
+def _nothing(_: Any) -> Config:
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How config.json and the tensors of one model type say what a ModelConfig and our parameters say.
+
+    Attributes:
+        model_type, architecture: as config.json names the family.
+        fields: config.json's field -> ModelConfig's, of equal value.
+        absent: values of config.json's fields where it lacks them, if they are not ModelConfig's own defaults.
+        fixed: ModelConfig's fields that are alike in every model of the family.
+        demanded: config.json's fields of which one value is understood. An absent one has it.
+        rules: all tensors that a model of the family may have.
+        rotary: theta and scaling of the rotation stand in config.json.
+        read_more: config.json -> further ModelConfig fields; raises RequestError for what is not supported.
+        write_more: ModelConfig -> further fields of config.json.
+        derived: endings of names of stored tensors that follow from the configuration.
+        optional_prefix: of tensors' names, left out by folders that hold the model without its head.
+    """
+
+    model_type: str
+    architecture: str
+    fields: dict[str, str]
+    rules: Sequence[Rule]
+    absent: Config = dataclasses.field(default_factory=dict)
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    demanded: Config = dataclasses.field(default_factory=dict)
+    rotary: bool = True
+    read_more: Callable[[Config], dict[str, Any]] = _nothing
+    write_more: Callable[[ModelConfig], Config] = _nothing
+    derived: tuple[str, ...] = ("rotary_emb.inv_freq", "attn.masked_bias")
+    optional_prefix: str = "model."
+
+    def read(self, config: Config) -> ModelConfig:
+        """The shape that config.json describes. Raises RequestError naming what is missing or not supported."""
+        for name, value in self.demanded.items():
+            if config.get(name, value) != value:
+                raise RequestError(
+                    f"config.json: {name} {config[name]!r} of a {self.model_type} model is not supported; {value!r} is"
+                )
+        config = self.absent | config
+        values = {ours: config[theirs] for theirs, ours in self.fields.items() if config.get(theirs) is not None}
+        values["untie_embeddings_and_output_weights"] = not config.get("tie_word_embeddings", True)
+        try:
+            if self.rotary:
+                values |= read_rope(config)
+            model = ModelConfig(**values | self.fixed | self.read_more(config))
+        except (LookupError, TypeError) as error:
+            raise RequestError(f"config.json: a field of a {self.model_type} model is missing ({error})") from error
+        try:
+            model.validate()
+        except (RequestError, TypeError) as error:
+            raise RequestError(f"config.json: {error}") from error
+        return model
+
+    def write(self, model: ModelConfig) -> Config:
+        """config.json of a model, readable by transformers 4 and 5. Raises RequestError where the family lacks words."""
+        resolved = model.resolved()
+        config: Config = {"architectures": [self.architecture], "model_type": self.model_type}
+        config |= {theirs: getattr(resolved, ours) for theirs, ours in self.fields.items()}
+        config |= self.demanded | {"tie_word_embeddings": model.tied, "use_cache": True}
+        if self.rotary:
+            config |= write_rope(model)
+        config |= self.write_more(resolved)
+        understood = dataclasses.asdict(self.read(config).resolved())
+        for name, value in dataclasses.asdict(resolved).items():
+            if understood[name] != value and not (name in ROPE_FIELDS and model.rope_scaling != "llama3"):
+                raise RequestError(
+                    f"a {self.model_type} model of Hugging Face cannot have {name} {value} (it would be "
+                    f"{understood[name]})"
+                )
+        return config
+
+    def update(self, config: Config, model: ModelConfig) -> Config:
+        """`config` as it is, but for what is to be said otherwise of `model`."""
+        before, after = self.write(self.read(config)), self.write(model)
+        changed = {name: value for name, value in after.items() if before.get(name) != value}
+        if not changed.keys().isdisjoint(("rope_theta", "rope_scaling", "partial_rotary_factor")):
+            config = {name: value for name, value in config.items() if name != "rope_parameters"}
+            changed |= {name: after[name] for name in ("rope_theta", "rope_scaling")}
+        return config | changed

@@ -1,0 +1,16 @@
+"""Qwen2 and Qwen2.5 (transformers' `qwen2`): LLaMA with biases on queries, keys and values. Source: modeling_qwen2.py."""
+
+from tools.conversion.families.family import Family
+from tools.conversion.families.llama import LLAMA_FIELDS, LLAMA_RULES
+
+QWEN_ABSENT = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768}
+
+QWEN2 = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    fields=LLAMA_FIELDS,
+    rules=LLAMA_RULES,
+    absent=QWEN_ABSENT | {"num_key_value_heads": 32},
+    fixed={"add_qkv_bias": True},
+    demanded={"hidden_act": "silu", "use_sliding_window": False},
+)

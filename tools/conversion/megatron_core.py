@@ -1,0 +1,225 @@
+"""megatron-core's distributed checkpoints (format torch_dist) as the source of a conversion, and as its result.
+
+DIR/latest_checkpointed_iteration.txt    "release", or the number of an iteration
+DIR/release/, DIR/iter_0000100/
+    metadata.json         the format
+    common.pt             the arguments of the run, the iteration
+    .metadata, *.distcp   torch DCP: the tensors of all layers stacked, or numbered by layer; optimizer states
+
+Read: weights and shape; optimizer states and `_extra_state` of Transformer Engine are passed over.
+Written: weights and shape, as a release, which Megatron-LM's --load takes.
+"""
+
+import argparse
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from megatron_ext.checkpoint.read import Place, WeightReader
+from megatron_ext.checkpoint.write import write_weights
+from megatron_ext.errors import RequestError
+from megatron_ext.models import ModelConfig
+from megatron_ext.models.names import EMBEDDING, HEAD, POSITIONS
+from tools.conversion.megatron_args import from_args, to_args
+from tools.conversion.pieces import KeptPieces
+from tools.conversion.rows import Rule, bind, key_value_heads, theirs_shapes, to_ours, to_theirs
+from tools.conversion.source import Source
+
+_TRACKER, _RELEASE = "latest_checkpointed_iteration.txt", "release"
+_FORMAT, _COMMON = "metadata.json", "common.pt"
+_BACKEND = "torch_dist"
+_WORDS, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+_LAYER = "decoder.layers.{}."
+_STACKED = re.compile(r"decoder\.layers\.(?!\d)")
+_NO_WEIGHT = re.compile(r"(chained_\d+\.)?optimizer\.|.*\._extra_state")
+_GATE_APART = "mlp.linear_fc1.weight_w"
+
+
+def _rules(model: ModelConfig, gate_apart: bool) -> Iterator[Rule]:
+    """Tensors' names with layers numbered. gate_apart: the gate and what it multiplies are tensors of their own."""
+    yield Rule(_WORDS, (EMBEDDING,))
+    yield Rule("embedding.position_embeddings.weight", (POSITIONS,))
+    for kind in ("weight", "bias"):
+        q, k, v, o = (f"layers.{{}}.self_attn.{name}_proj.{kind}" for name in "qkvo")
+        gate, up, down = (f"layers.{{}}.mlp.{name}_proj.{kind}" for name in ("gate", "up", "down"))
+        yield Rule(f"{_LAYER}self_attention.linear_qkv.layer_norm_{kind}", (f"layers.{{}}.input_layernorm.{kind}",))
+        yield Rule(f"{_LAYER}self_attention.linear_qkv.{kind}", (q, k, v), key_value_heads)
+        for name in "qk":
+            yield Rule(
+                f"{_LAYER}self_attention.{name}_layernorm.{kind}", (f"layers.{{}}.self_attn.{name}_norm.{kind}",)
+            )
+        yield Rule(f"{_LAYER}self_attention.linear_proj.{kind}", (o,))
+        yield Rule(f"{_LAYER}mlp.linear_fc1.layer_norm_{kind}", (f"layers.{{}}.post_attention_layernorm.{kind}",))
+        if model.activation != "swiglu":
+            yield Rule(f"{_LAYER}mlp.linear_fc1.{kind}", (up,))
+        elif gate_apart:
+            yield Rule(f"{_LAYER}mlp.linear_fc1.{kind}_w", (gate,))
+            yield Rule(f"{_LAYER}mlp.linear_fc1.{kind}_v", (up,))
+        else:
+            yield Rule(f"{_LAYER}mlp.linear_fc1.{kind}", (gate, up))
+        yield Rule(f"{_LAYER}mlp.linear_fc2.{kind}", (down,))
+    for kind in ("weight", "bias"):
+        yield Rule(f"decoder.final_layernorm.{kind}", (f"norm.{kind}",))
+    yield Rule(_OUTPUT, (HEAD,))
+
+
+def write_megatron(source: Source, folder: Path) -> None:
+    """Write a release into an existing, empty folder. Raises RequestError before that for what cannot be expressed.
+
+    Layers are stacked and nothing is padded: megatron-core pads the vocabulary as it loads, for its own layout.
+    """
+    model = source.model
+    common = {"args": to_args(model), "checkpoint_version": 3.0, "iteration": 0}
+    release = folder / _RELEASE
+    release.mkdir()
+    theirs = to_theirs(KeptPieces(source.weights), bind(list(_rules(model, gate_apart=False)), model))
+    write_weights(release, theirs, _stacked(model.num_layers))
+    torch.save(common, release / _COMMON)
+    (release / _FORMAT).write_text(
+        json.dumps(
+            {
+                "sharded_backend": _BACKEND,
+                "sharded_backend_version": 1,
+                "common_backend": "torch",
+                "common_backend_version": 1,
+            }
+        )
+    )
+    (folder / _TRACKER).write_text(_RELEASE)
+
+
+def _stacked(layers: int) -> Callable[[str], Place]:
+    """Numbered names -> a slice of the tensor of all layers."""
+
+    def place(name: str) -> Place:
+        layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+        if layer is None:
+            return Place(name)
+        return Place("decoder.layers." + name[layer.end() :], int(layer[1]), layers)
+
+    return place
+
+
+def _numbered(sizes: dict[str, torch.Size]) -> dict[str, Place]:
+    """Numbered names of all weights, whether their layers are stacked or not."""
+    places = {}
+    for key, size in sizes.items():
+        if _NO_WEIGHT.match(key):
+            continue
+        stacked = _STACKED.match(key)
+        if stacked is None:
+            places[key] = Place(key)
+        else:
+            for layer in range(size[0]):
+                places[_LAYER.format(layer) + key[stacked.end() :]] = Place(key, layer, size[0])
+    return places
+
+
+def open_megatron(folder: Path, vocab_size: int | None = None) -> Source:
+    """The model in `folder`: the release or iteration that its tracker names, or itself a checkpoint.
+
+    vocab_size: rows of the embedding that belong to tokens; those above are padding and are left out. By default what
+    the checkpoint's arguments say. Raises RequestError where a file is missing, broken or of an unknown model, and
+    where the number of tokens is not known.
+    """
+    where = f"--input {folder}"
+    checkpoint = _find(folder, where)
+    args = _read_args(checkpoint / _COMMON, where)
+    try:
+        reader = WeightReader(checkpoint, _numbered)
+    except (OSError, EOFError, ValueError, ImportError, AttributeError, pickle.UnpicklingError) as error:
+        raise RequestError(f"{where}: .metadata cannot be read ({error})") from error
+    rows = reader.shapes[_WORDS][0] if _WORDS in reader.shapes else 0
+    try:
+        model = from_args(args, _vocab_size(args, vocab_size, rows))
+    except RequestError as error:
+        raise RequestError(f"{where}: {_COMMON}: {error}") from error
+    gate_apart = any(name.endswith(_GATE_APART) for name in reader.shapes)
+    bindings = bind(list(_rules(model, gate_apart)), model)
+    _check_shapes(reader.shapes, theirs_shapes(bindings, model), where)
+    reader.check_whole(where)
+    weights = to_ours(KeptPieces(reader), bindings, model)
+    return Source(model, weights, tokenizer=None, origin="megatron-core")
+
+
+def _find(folder: Path, where: str) -> Path:
+    """The folder with the files."""
+    checkpoint = folder
+    if not (folder / _FORMAT).is_file():
+        try:
+            name = (folder / _TRACKER).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise RequestError(
+                f"{where}: neither a checkpoint of megatron-core ({_FORMAT}) nor a folder of them ({_TRACKER})"
+            ) from error
+        checkpoint = folder / (f"iter_{int(name):07d}" if name.isdecimal() else _RELEASE)
+        if name != _RELEASE and not name.isdecimal():
+            raise RequestError(f"{where}: {_TRACKER} says {name!r}; {_RELEASE!r} or a number is expected")
+    if next(checkpoint.glob("mp_rank_*"), None) is not None:
+        raise RequestError(
+            f"{where}: {checkpoint.name} is of Megatron-LM's older format (mp_rank_*): save it once with --ckpt-format "
+            f"{_BACKEND}"
+        )
+    try:
+        backend = json.loads((checkpoint / _FORMAT).read_text(encoding="utf-8"))["sharded_backend"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RequestError(f"{where}: {checkpoint.name}/{_FORMAT} cannot be read ({error!r})") from error
+    if backend != _BACKEND:
+        raise RequestError(f"{where}: a checkpoint of format {backend!r} is not supported; {_BACKEND!r} is")
+    return checkpoint
+
+
+class _Opaque:
+    """Stands for any object of a class of Megatron-LM's, none of whose code is run."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _read_args(file: Path, where: str) -> argparse.Namespace:
+    try:
+        foreign = set(get_unsafe_globals_in_checkpoint(str(file))) - {"argparse.Namespace"}
+        with safe_globals([argparse.Namespace, *((_Opaque, name) for name in foreign)]):
+            common = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, ValueError, RuntimeError, LookupError, pickle.UnpicklingError) as error:
+        raise RequestError(f"{where}: {_COMMON} cannot be read ({str(error).strip().splitlines()[0]})") from error
+    args = common.get("args") if isinstance(common, dict) else None
+    if not isinstance(args, argparse.Namespace):
+        raise RequestError(f"{where}: {_COMMON} has no args, which say what the model's shape is")
+    return args
+
+
+def _vocab_size(args: argparse.Namespace, given: int | None, rows: int) -> int:
+    """How many of the embedding's rows belong to tokens."""
+    stored = getattr(args, "vocab_size", None)
+    # that of Megatron-LM's NullTokenizer leaves out a token
+    known = isinstance(stored, int) and not str(getattr(args, "tokenizer_type", "")).startswith("Null")
+    if given is None and not known:
+        raise RequestError(
+            f"args.vocab_size does not say how many of the embedding's {rows} rows are tokens and not padding: give "
+            "--vocab-size"
+        )
+    size: int = stored if given is None else given
+    if not 0 < size <= rows:
+        raise RequestError(f"a vocabulary of {size} does not go with an embedding of {rows} rows")
+    return size
+
+
+def _check_shapes(found: dict[str, torch.Size], wanted: dict[str, torch.Size], where: str) -> None:
+    """Raise RequestError naming the first weight that is missing, left over, or of another shape but for padding."""
+    for problem, names in (("lacks", wanted.keys() - found.keys()), ("has an unknown", found.keys() - wanted.keys())):
+        if names:
+            raise RequestError(f"{where}: {problem} weight {min(names)} ({len(names)} in all)")
+    for name, shape in wanted.items():
+        padded = name in (_WORDS, _OUTPUT) and found[name][0] >= shape[0] and found[name][1:] == shape[1:]
+        if found[name] != shape and not padded:
+            raise RequestError(f"{where}: {name} is {tuple(found[name])}, {_COMMON} asks for {tuple(shape)}")

@@ -1,0 +1,145 @@
+"""transformers' own implementation of a model's folder, straight from disk, one module of it in memory at a time.
+
+Nobody here wrote it: a mistake in our mapping cannot cancel itself out in it.
+"""
+
+import contextlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from tqdm import tqdm
+
+from megatron_ext.checkpoint.read import Weights
+from megatron_ext.errors import RequestError
+from tools.conversion.outputs import EMBEDDING, LOGITS, Outputs, layer, read_float32
+
+_OLDEST = 5  # major version
+
+
+class NotRunnable(Exception):
+    """Nothing is known to be wrong, but this model cannot be run here; the text says why, and what would do."""
+
+
+@torch.no_grad()
+def run_transformers(folder: Path, tensors: Weights, ids: torch.Tensor) -> Outputs:
+    """What the model that `folder`'s config.json describes makes of ids [1, s], computed in float32.
+
+    Memory: the largest tensor in float32.
+
+    Args:
+        tensors: the folder's, by the names in its files.
+
+    Raises:
+        NotRunnable: transformers is not there, or has no such model.
+        RequestError: it has, and the folder is not one of it.
+    """
+    model = _without_values(folder)
+    for module, names in _stored_names(folder, model, tensors).items():
+        _read_when_used(module, names, tensors)
+    layers = next(
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
+    )
+    outputs: Outputs = {}
+    with tqdm(total=len(layers), desc="running transformers' model", unit="layer") as bar:
+        for number, module in enumerate(layers):
+            _keep(module, number, outputs, bar)
+        outputs[LOGITS] = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return outputs
+
+
+def _without_values(folder: Path) -> Any:
+    """The model with its parameters on the meta device; what it computes of its configuration, it has."""
+    try:
+        from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, __version__
+    except ImportError as error:
+        raise NotRunnable("transformers is not installed: pip install transformers") from error
+    if int(__version__.split(".")[0]) < _OLDEST:
+        raise NotRunnable(f"transformers {__version__} is too old: pip install 'transformers>={_OLDEST}'")
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise NotRunnable(f"transformers has no model of its own of the type {model_type}")
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with _parameters_on_meta():
+            return AutoModelForCausalLM.from_config(config, **options).eval()
+    except Exception as error:  # of many kinds, by model
+        raise RequestError(f"{folder}: transformers cannot build what config.json describes ({error})") from error
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made within have no memory for their parameters, and have their buffers.
+
+    (Under `torch.device("meta")` the buffers, such as frequencies of the rotation, would be lost.)
+    """
+
+    def move(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(move)  # type: ignore[arg-type]  # its stub forgets the result
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _stored_names(folder: Path, model: Any, tensors: Weights) -> dict[nn.Module, dict[str, str]]:
+    """Of every module with parameters of its own: their names in it -> their names in the files.
+
+    Files may lack the prefix of the model within the model with a head, and all but one name of a tied tensor.
+    """
+    tied = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied[parameter].append(name)
+    found: dict[nn.Module, dict[str, str]] = defaultdict(dict)
+    for path, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{own}"
+            names = [name, *tied[parameter]]
+            names += [each.removeprefix(f"{model.base_model_prefix}.") for each in names]
+            stored = next((each for each in names if each in tensors.shapes), None)
+            if stored is None:
+                raise RequestError(f"{folder}: lacks {name}, which transformers' {type(model).__name__} has")
+            if tensors.shapes[stored] != parameter.shape:
+                wanted = f"{type(model).__name__} has {tuple(parameter.shape)}"
+                raise RequestError(f"{folder}: {stored} is {tuple(tensors.shapes[stored])}, transformers' {wanted}")
+            found[module][own] = stored
+    return found
+
+
+def _read_when_used(module: nn.Module, names: dict[str, str], tensors: Weights) -> None:
+    empty = dict(module._parameters)
+
+    def read(*_: Any) -> None:
+        for own, stored in names.items():
+            module._parameters[own] = nn.Parameter(read_float32(tensors, stored), requires_grad=False)
+
+    def give_back(*_: Any) -> None:
+        module._parameters.update(empty)
+
+    module.register_forward_pre_hook(read)
+    module.register_forward_hook(give_back)
+
+
+def _keep(module: nn.Module, number: int, outputs: Outputs, bar: tqdm) -> None:
+    """Have what a decoder layer gives, and what the first one reads, put among the outputs."""
+
+    def keep_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        outputs[EMBEDDING] = args[0] if args else kwargs["hidden_states"]
+
+    def keep_output(_: nn.Module, args: Any, output: Any) -> None:
+        outputs[layer(number)] = output[0] if isinstance(output, tuple) else output
+        bar.update()
+
+    if number == 0:
+        module.register_forward_pre_hook(keep_input, with_kwargs=True)
+    module.register_forward_hook(keep_output)

@@ -1,0 +1,254 @@
+"""`python -m tools.verify_checkpoint`: what is this checkpoint, and is it whole?
+
+    DIR of `pretrain --save`     its latest checkpoint (--all: every one), or DIR itself if it is a checkpoint
+    DIR of Hugging Face          config.json and weights: every file is whole, names and shapes are the configuration's
+
+A native checkpoint is whole if every file is there with its full size and the digest that its writer computed, and
+every weight that the model asks for is stored in full, with both moments of Adam where it is trained.
+Exit codes: 0 whole, 1 damaged or incomplete, 2 the request is wrong.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_ext.checkpoint import find_checkpoint
+from megatron_ext.checkpoint.digest import sha256_of
+from megatron_ext.checkpoint.directory import LATEST, MANIFEST, Manifest, leftovers, parse_manifest
+from megatron_ext.checkpoint.read import WeightReader, Weights
+from megatron_ext.checkpoint.verify import find_problems, model_of
+from megatron_ext.errors import RequestError
+from megatron_ext.models import ModelConfig, parameter_shapes, preset, preset_names
+from megatron_ext.models.names import is_adapter
+from megatron_ext.tensor_parallel import LoraConfig
+from tools.command import Parser, run
+from tools.conversion.families import family_of
+from tools.conversion.hf_folder import CONFIG, open_hf, open_tensors
+from tools.conversion.safetensors_file import INDEX, SafetensorsFiles
+from tools.conversion.torch_files import TorchFiles
+
+# a model continued from a preset may have others of these
+_FREE_FIELDS = frozenset({"init_method_std", "max_position_embeddings"})
+
+
+@dataclasses.dataclass
+class Report:
+    """What is known of one checkpoint.
+
+    facts: for --json, by name. lines: the same for people, by label. checked: what was compared, if nothing is wrong.
+    """
+
+    path: Path
+    kind: str
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lines: dict[str, str] = dataclasses.field(default_factory=dict)
+    checked: str = ""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, label: str, text: str, **facts: Any) -> None:
+        self.lines[label] = text
+        self.facts |= facts
+
+    def add_files(self, folder: Path, names: Iterable[str]) -> None:
+        sizes = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
+        size = sum(sizes.values())
+        text = f"{tqdm.format_sizeof(size, 'B', 1000)} in {len(sizes)} files"
+        self.add("on disk", text, bytes=size, files={name: {"bytes": size} for name, size in sizes.items()})
+
+    def print(self, as_json: bool) -> None:
+        if as_json:
+            values = {"path": str(self.path), "kind": self.kind, "whole": not self.problems, **self.facts}
+            print(json.dumps(values | {"notes": self.notes, "problems": self.problems}, ensure_ascii=False))
+            return
+        print(f"{self.path}: {self.kind}")
+        for label, text in [*self.lines.items(), *(("note", note) for note in self.notes)]:
+            print(f"  {label:<10} {text}")
+        if not self.problems:
+            print(f"  whole: {self.checked}")
+            return
+        print(f"  NOT WHOLE: {len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}")
+        for problem in self.problems:
+            print(f"    {problem}")
+
+
+def build_parser() -> Parser:
+    parser = Parser("verify_checkpoint", __doc__)
+    parser.add_argument(
+        "folder", metavar="DIR", help="a checkpoint, a folder with a `latest` one, or a Hugging Face model"
+    )
+    parser.add_argument("--all", action="store_true", help="every checkpoint of a folder, not only the latest")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for a checkpoint, on one line")
+    parser.add_argument("--no-checksums", action="store_true", help="do not read the files to compare their digests")
+    return parser
+
+
+def work(options: argparse.Namespace) -> int:
+    folder, checksums = Path(options.folder), not options.no_checksums
+    if not folder.is_dir():
+        raise RequestError(f"DIR {folder}: no such directory")
+    is_native = any((folder / name).is_file() for name in (LATEST, MANIFEST))
+    if options.all:
+        reports = [_verify_native(checkpoint, checksums) for checkpoint in _all_checkpoints(folder)]
+    elif is_native:
+        reports = [_verify_latest(folder, checksums)]
+    elif (folder / CONFIG).is_file():
+        reports = [_verify_hugging_face(folder, digests=options.json and checksums)]
+    else:
+        known = f"a checkpoint ({MANIFEST}), a folder of checkpoints ({LATEST}) or a Hugging Face model ({CONFIG})"
+        raise RequestError(f"DIR {folder}: not {known}")
+    for report in reports:
+        report.print(options.json)
+    return 1 if any(report.problems for report in reports) else 0
+
+
+def _all_checkpoints(folder: Path) -> list[Path]:
+    if (folder / MANIFEST).is_file():
+        raise RequestError(f"--all: DIR {folder} is a checkpoint itself; give the folder that it is in")
+    checkpoints = sorted(path for path in folder.glob("iter_*") if path.is_dir())
+    if not checkpoints:
+        raise RequestError(f"--all: no checkpoints (iter_*) in DIR {folder}")
+    return checkpoints
+
+
+def _verify_latest(folder: Path, checksums: bool) -> Report:
+    try:
+        checkpoint = find_checkpoint(folder, "DIR")
+    except RequestError as error:
+        return Report(folder, "folder of checkpoints", problems=[_reason(error, "DIR", folder)])
+    return _verify_native(checkpoint, checksums)
+
+
+def _verify_native(checkpoint: Path, checksums: bool) -> Report:
+    report = Report(checkpoint, "native checkpoint")
+    unfinished = leftovers(checkpoint.resolve().parent)
+    report.notes = [f"{path.name} lies beside it: a save that goes on, or was cut off" for path in unfinished]
+    try:
+        manifest = parse_manifest(checkpoint, "DIR")
+    except RequestError as error:
+        report.problems = [_reason(error, "DIR", checkpoint)]
+        return report
+    _describe_native(report, checkpoint, manifest)
+    compared = checksums and bool(manifest.sha256)
+    with _bar(checkpoint, report.facts["bytes"] if compared else 0) as bar:
+        found = find_problems(checkpoint, manifest, checksums, bar.update)
+        report.problems = [f"{file} {what}" for file, what in found]
+    how = "digests equal" if compared else "digests not compared" if manifest.sha256 else "no digests to compare"
+    report.checked = f"all {len(manifest.files)} files have their full size, {how}, every tensor is there"
+    report.facts["digests_compared"] = compared
+    if not manifest.sha256:
+        report.notes.append("its manifest has no digests (an older version wrote it): only sizes can be compared")
+    return report
+
+
+def _describe_native(report: Report, checkpoint: Path, manifest: Manifest) -> None:
+    progress = f"iteration {manifest.iteration}, {manifest.consumed_samples:,} samples, "
+    progress += f"{manifest.consumed_tokens:,} tokens consumed"
+    names = ("iteration", "consumed_samples", "consumed_tokens")
+    report.add("progress", progress, **{name: getattr(manifest, name) for name in names})
+    with contextlib.suppress(RequestError, TypeError):  # what is wrong with it is one of the problems
+        _describe_model(report, *model_of(manifest))
+    with contextlib.suppress(Exception):  # the same
+        _describe_dtypes(report, WeightReader(checkpoint))
+    optimizer = "AdamW, both moments" if manifest.has_optimizer else "none: weights alone"
+    report.add("optimizer", optimizer, has_optimizer=manifest.has_optimizer)
+    chosen = {name: value for name, value in (manifest.trainable or {}).items() if value not in (None, False)}
+    trained = _listed(chosen | (manifest.lora or {})) or "all parameters"
+    report.add("trained", trained, trainable=manifest.trainable, lora=manifest.lora)
+    report.add("written by", _listed(manifest.layout), layout=manifest.layout)
+    if manifest.hugging_face is not None:
+        model_type = manifest.hugging_face.get(CONFIG, {}).get("model_type")
+        report.add("origin", f"Hugging Face model of type {model_type}", model_type=model_type)
+    report.add_files(checkpoint, manifest.files)
+    for name, digest in manifest.sha256.items():
+        report.facts["files"].setdefault(name, {})["sha256"] = digest
+
+
+def _verify_hugging_face(folder: Path, digests: bool) -> Report:
+    report = Report(folder, "Hugging Face model")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        model_type, model = config["model_type"], family_of(config).read(config)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        report.problems = [f"{CONFIG} cannot be read ({type(error).__name__}: {error})"]
+        return report
+    except RequestError as error:
+        raise RequestError(f"DIR {folder}: {error}") from error
+    report.add("origin", f"model_type {model_type}", model_type=model_type)
+    _describe_model(report, model, None)
+    try:
+        _describe_dtypes(report, open_hf(folder).weights)
+        stored = open_tensors(folder)
+    except RequestError as error:
+        report.problems = _broken_shards(folder) or [_reason(error, "--input", folder)]
+        return report
+    assert isinstance(stored, SafetensorsFiles | TorchFiles)
+    files = sorted(set(stored.files.values()))
+    report.add_files(folder, files)
+    with _bar(folder, report.facts["bytes"] if digests else 0) as bar:
+        for name in files if digests else ():
+            report.facts["files"][name]["sha256"] = sha256_of(folder / name, bar.update)
+    report.checked = f"all {len(files)} files of weights, names and shapes as {CONFIG} asks"
+    return report
+
+
+def _broken_shards(folder: Path) -> list[str]:
+    """What is wrong with each of the files that the index names, if there is an index."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        files = sorted(set(map(str, index["weight_map"].values())))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
+    problems = []
+    for file in files:
+        try:
+            SafetensorsFiles(folder, [file])
+        except RequestError as error:
+            problems.append(_reason(error, "--input", folder))
+    return problems
+
+
+def _describe_model(report: Report, model: ModelConfig, lora: LoraConfig | None) -> None:
+    shapes = parameter_shapes(model, lora)
+    total = sum(shape.numel() for shape in shapes.values())
+    adapters = sum(shape.numel() for name, shape in shapes.items() if is_adapter(name))
+    shape = f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads "
+    shape += f"({model.kv_heads} of keys and values), ffn {model.ffn_hidden_size}, vocabulary {model.vocab_size}"
+    name = next((name for name in preset_names() if _like(model, preset(name))), None)
+    report.add("model", shape + (f" = {name}" if name else ""), model=dataclasses.asdict(model), preset=name)
+    parameters = f"{total:,}" + (f", {adapters:,} of them in adapters" if adapters else "")
+    report.add("parameters", parameters, parameters=total, adapter_parameters=adapters)
+
+
+def _like(model: ModelConfig, other: ModelConfig) -> bool:
+    free = {name: getattr(model, name) for name in _FREE_FIELDS}
+    return dataclasses.replace(other, **free).resolved() == model.resolved()
+
+
+def _describe_dtypes(report: Report, weights: Weights) -> None:
+    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in weights.dtypes.values()})
+    report.add("stored as", ", ".join(dtypes), dtypes=dtypes)
+
+
+def _listed(values: dict[str, Any]) -> str:
+    plain = {name: " ".join(value) if isinstance(value, list) else value for name, value in values.items()}
+    return ", ".join(f"{name} {value}" for name, value in plain.items())
+
+
+def _bar(folder: Path, size: int) -> tqdm:
+    return tqdm(total=size, unit="B", unit_scale=True, desc=folder.name, disable=size == 0)
+
+
+def _reason(error: RequestError, flag: str, folder: Path) -> str:
+    return str(error).removeprefix(f"{flag} {folder}: ")
+
+
+if __name__ == "__main__":
+    sys.exit(run(build_parser(), work, None))
