@@ -48,7 +48,11 @@ class Trainer:
         assert config.training.train_iters is not None
         assert batch.global_batch_size is not None
         self.train_iters, self.batch_size = config.training.train_iters, batch.global_batch_size
-        self.iteration, self.consumed_samples = self._load()
+        loaded = self._load()
+        self.hugging_face = None if loaded is None else loaded.hugging_face
+        continued = None if config.checkpoint.finetune else loaded
+        self.iteration = 0 if continued is None else continued.iteration
+        self.consumed_samples = 0 if continued is None else continued.consumed_samples
         self.data = build_data(
             config.data,
             seq_length=batch.seq_length,
@@ -68,14 +72,13 @@ class Trainer:
         self.console, self.logs = self._open_logs()
         self._describe()
 
-    def _load(self) -> tuple[int, int]:
-        """Iteration and samples to continue from; the engine's weights and states are filled in."""
+    def _load(self) -> Manifest | None:
+        """The checkpoint that the run starts from, if any; the engine's weights and states are filled in."""
         options = self.config.checkpoint
         checkpoint = options.find()
         if checkpoint is None:
-            return 0, 0
-        manifest = load_checkpoint(self.engine, checkpoint, options.finetune, plan_expansion(self.config))
-        return (0, 0) if options.finetune else (manifest.iteration, manifest.consumed_samples)
+            return None
+        return load_checkpoint(self.engine, checkpoint, options.finetune, plan_expansion(self.config))
 
     def _open_logs(self) -> tuple[Console | None, list[Log]]:
         logging = self.config.logging
@@ -198,6 +201,7 @@ class Trainer:
             has_optimizer=True,
             trainable=dataclasses.asdict(self.config.trainable),
             lora=None if self.engine.config.adapters is None else dataclasses.asdict(self.engine.config.adapters),
+            hugging_face=self.hugging_face,
         )
         self.writer.save(manifest, {"run.yaml": self.resolved})
         self.saved_at = self.iteration

@@ -1,8 +1,13 @@
-"""`python -m tools.convert_checkpoint`: LLaMA checkpoints between Hugging Face and this project.
+"""`python -m tools.convert_checkpoint`: checkpoints between Hugging Face, Meta, megatron-core and this project.
 
-    --from native --to hf      a checkpoint of `pretrain --save` -> config.json, safetensors, tokenizer files
-    --from hf --to native      the reverse; continue with `pretrain --load DIR --finetune`
-    --from X --to X            the same form again in another --dtype, with a larger vocabulary, or without adapters
+    --from hf --to native               LLaMA, Mistral, Qwen2/3, GLM, BLOOM, OPT, Falcon: safetensors or .bin, one file
+                                        or shards; continue with `pretrain --load DIR --finetune`
+    --from native --to hf               a checkpoint of `pretrain --save` -> config.json, safetensors, tokenizer files
+    --from meta --to native             LLaMA as Meta gives it away: params.json, consolidated.NN.pth
+    --from native --to megatron-core    a distributed checkpoint that Megatron-LM's --load takes; and the reverse
+    --from native --to peft             LoRA adapters alone, for peft
+    --from X --to X                     the same form again in another --dtype, with a larger vocabulary, without
+                                        adapters, in shards of another size; any other source and target go as well
 
     --base-tokenizer OLD --tokenizer NEW --embedding-init METHOD      on any of these ways: rows for NEW's pieces
         mean-subtoken      mean of the rows of the old pieces that a new one was before
@@ -11,50 +16,80 @@
         mean               mean of all old rows
         random             as a model's weights start
 
-LoRA adapters of a native checkpoint are merged into its weights. The result appears under its name only when it is
-whole. Memory holds a small piece of the weights at a time.
-Exit codes: 0 done, 2 the request is wrong.
+LoRA adapters of a native checkpoint are merged into its weights. Nothing is padded. The result is checked before it is
+called one: every tensor is read back, and its logits are compared with the source's on a fixed prompt, on Hugging
+Face's side by transformers itself. It appears under its name only then. Memory holds a small piece of the weights at a
+time, the check a layer.
+Exit codes: 0 done, 1 the check failed (nothing is left behind), 2 the request is wrong.
 """
 
 import argparse
 import dataclasses
+import functools
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
+from tqdm import tqdm
 
 from megatron_ext.errors import RequestError
 from megatron_ext.models.expand import METHODS
 from tools.command import Parser, run
 from tools.conversion import tokenizer_files
+from tools.conversion.families import FAMILIES
 from tools.conversion.hf_folder import open_hf, write_hf
+from tools.conversion.megatron_core import open_megatron, write_megatron
+from tools.conversion.meta import open_meta
 from tools.conversion.native import open_native, write_native
+from tools.conversion.peft_folder import open_adapters, write_peft
+from tools.conversion.proof import Form, NotEqual, prove
 from tools.conversion.resize import Resized, resize, write_report
-from tools.conversion.source import CastWeights, Source, WatchedWeights
+from tools.conversion.source import CastWeights, Source, WatchedWeights, bytes_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHARD_GB = 5.0
 _SEED = 1234
+# flags that mean something on one side only: flag -> which side, and its name
+_OF_ONE_FORM = {
+    "max_shard_gb": ("target", "hf"),
+    "model_type": ("target", "hf"),
+    "base_model": ("target", "peft"),
+    "vocab_size": ("source", "megatron-core"),
+    "max_position_embeddings": ("source", "meta"),
+}
 
 
 def build_parser() -> Parser:
     parser = Parser("convert_checkpoint", __doc__)
-    parser.add_argument("--from", dest="source", choices=("native", "hf"), required=True)
-    parser.add_argument("--to", dest="target", choices=("native", "hf"), required=True)
+    sources, targets = ("native", "hf", "meta", "megatron-core"), ("native", "hf", "megatron-core", "peft")
+    parser.add_argument("--from", dest="source", choices=sources, required=True)
+    parser.add_argument("--to", dest="target", choices=targets, required=True)
     parser.add_argument("--input", required=True, metavar="DIR", help="a checkpoint, or a folder with a `latest` one")
     parser.add_argument("--output", required=True, metavar="DIR", help="must not exist yet")
     parser.add_argument("--tokenizer", metavar="DIR|FILE", help="of the result; to hf: its files go beside the weights")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), help="of the written weights (default: as stored)")
     parser.add_argument("--max-shard-gb", type=float, help=f"to hf: size of a safetensors file (default: {_SHARD_GB})")
+    parser.add_argument(
+        "--model-type", choices=tuple(FAMILIES), help="to hf: what the model is there (default: as it came, or fits)"
+    )
+    parser.add_argument("--base-model", metavar="DIR|NAME", help="to peft: the model that the adapters belong to")
+    parser.add_argument(
+        "--vocab-size", type=int, help="from megatron-core: rows of the embedding that are not padding (default: args')"
+    )
+    parser.add_argument(
+        "--max-position-embeddings", type=int, help="from meta, which does not say it (default: of the known models)"
+    )
     parser.add_argument("--embedding-init", choices=METHODS, help="how the rows of new pieces begin")
     parser.add_argument("--base-tokenizer", metavar="DIR|FILE", help="of the input, which --tokenizer extends")
     parser.add_argument(
         "--embedding-norm-correction", action="store_true", help="scale new rows to the mean norm of the old ones"
     )
     parser.add_argument("--seed", type=int, help=f"of all noise in new rows (default: {_SEED}, as pretrain's)")
+    parser.add_argument("--no-verify", action="store_true", help="do not check the result against the source")
     return parser
 
 
@@ -65,41 +100,71 @@ def work(options: argparse.Namespace) -> int:
         raise RequestError(f"--output {output} exists already: remove it or choose another name")
     if not output.resolve().parent.is_dir():
         raise RequestError(f"--output {output}: {output.resolve().parent} is not a directory")
-    source = open_native(Path(options.input)) if options.source == "native" else open_hf(Path(options.input))
-    if source.merged_adapters:
-        print(f"merging {source.merged_adapters} LoRA adapters into the weights beside them")
-    elif options.source == options.target and options.dtype is None and options.embedding_init is None:
-        way = f"--from {options.source} --to {options.target}"
-        raise RequestError(f"{way}: nothing to convert without --dtype or --embedding-init")
-    if options.dtype is not None:
-        source = dataclasses.replace(source, weights=CastWeights(source.weights, _DTYPES[options.dtype]))
+    if options.target == "peft":
+        return _export_adapters(options, output)
+    original = _open(options)
+    _check_changes(options, original)
+    dtype = None if options.dtype is None else _DTYPES[options.dtype]
+    source = original
+    if dtype is not None:
+        source = dataclasses.replace(source, weights=CastWeights(source.weights, dtype))
     resized = _resize(source, options) if options.embedding_init is not None else None
     if resized is not None:
         source = resized.source
     if options.tokenizer is not None:
         tokenizer = Path(options.tokenizer)
-        ids = tokenizer_files.token_ids(tokenizer_files.read(tokenizer, source.model.vocab_size))
+        ids = tokenizer_files.token_ids(tokenizer_files.read(tokenizer, source))
         source = source.with_tokenizer(tokenizer, ids)
-    with _appearing(output) as folder:
-        _write(source, folder, options)
-        if resized is not None:
-            write_report(resized.report(), folder)
+    _check_room(output, sum(bytes_of(source.weights, name) for name in source.weights.shapes))
+    try:
+        with _appearing(output) as folder:
+            _write(source, folder, options)
+            if resized is not None:
+                write_report(resized.report(), folder)
+            if not options.no_verify:
+                before = Form(original, Path(options.input) if options.source == "hf" else None)
+                after = Form(_OPEN[options.target](folder), folder if options.target == "hf" else None)
+                print(prove(before, dtype, source, after))
+    except NotEqual as error:
+        print(f"error: the result is not the source, and was removed: {error}", file=sys.stderr)
+        return 1
     print(f"wrote {output}")
     return 0
 
 
+_OPEN: dict[str, Callable[[Path], Source]] = {"native": open_native, "hf": open_hf, "megatron-core": open_megatron}
+
+
+def _open(options: argparse.Namespace) -> Source:
+    opening = dict(_OPEN)
+    opening["megatron-core"] = functools.partial(open_megatron, vocab_size=options.vocab_size)
+    opening["meta"] = functools.partial(open_meta, max_position_embeddings=options.max_position_embeddings)
+    return opening[options.source](Path(options.input))
+
+
 def _check_flags(options: argparse.Namespace) -> None:
     """Raise RequestError for flags that contradict each other or would be ignored."""
-    if options.target == "native" and options.max_shard_gb is not None:
-        raise RequestError("--max-shard-gb has no effect with --to native")
+    for name, (side, form) in _OF_ONE_FORM.items():
+        if getattr(options, name) is not None and getattr(options, side) != form:
+            preposition = {"source": "from", "target": "to"}[side]
+            raise RequestError(
+                f"--{name.replace('_', '-')} has no effect with --{preposition} {getattr(options, side)}: "
+                f"it belongs to --{preposition} {form}"
+            )
     if options.max_shard_gb is not None and not options.max_shard_gb > 0:
         raise RequestError(f"--max-shard-gb {options.max_shard_gb}: must be above 0")
+    if options.target == "peft":
+        if options.source != "native":
+            raise RequestError(f"--from {options.source} --to peft: adapters are exported from native checkpoints only")
+        for name in ("tokenizer", "dtype", "embedding_init"):
+            if getattr(options, name) is not None:
+                raise RequestError(f"--{name.replace('_', '-')} has no effect with --to peft")
     if options.embedding_init is None:
         for name in ("base_tokenizer", "embedding_norm_correction", "seed"):
             if getattr(options, name) not in (None, False):
                 raise RequestError(f"--{name.replace('_', '-')} has no effect without --embedding-init")
-        if options.target == "native" and options.tokenizer is not None:
-            raise RequestError("--tokenizer has no effect with --to native unless --embedding-init is given")
+        if options.target != "hf" and options.tokenizer is not None:
+            raise RequestError(f"--tokenizer has no effect with --to {options.target} unless --embedding-init is given")
         return
     for name, what in (("base_tokenizer", "that the model has"), ("tokenizer", "that it is to have")):
         if getattr(options, name) is None:
@@ -107,6 +172,27 @@ def _check_flags(options: argparse.Namespace) -> None:
             raise RequestError(f"--embedding-init {options.embedding_init} needs --{flag}: the tokenizer {what}")
     if options.seed is not None and not 0 <= options.seed < 2**32:
         raise RequestError(f"--seed {options.seed}: must be from 0 to 2**32 - 1")
+
+
+def _check_changes(options: argparse.Namespace, source: Source) -> None:
+    """Raise RequestError where the result would be the source once more."""
+    if source.merged_adapters:
+        print(f"merging {source.merged_adapters} LoRA adapters into the weights beside them")
+        return
+    changes = ("dtype", "embedding_init", "max_shard_gb", "model_type", "vocab_size")
+    if options.source == options.target and all(getattr(options, name) is None for name in changes):
+        way = f"--from {options.source} --to {options.target}"
+        flags = (
+            "--dtype, --embedding-init or --max-shard-gb" if options.target == "hf" else "--dtype or --embedding-init"
+        )
+        raise RequestError(f"{way}: nothing to convert without {flags}")
+
+
+def _check_room(output: Path, size: int) -> None:
+    free = shutil.disk_usage(output.resolve().parent).free
+    if size > free:
+        needed, there = (tqdm.format_sizeof(value, "B") for value in (size, free))
+        raise RequestError(f"--output {output}: needs {needed}, and {there} are free on its disk")
 
 
 def _resize(source: Source, options: argparse.Namespace) -> Resized:
@@ -128,13 +214,32 @@ def _write(source: Source, folder: Path, options: argparse.Namespace) -> None:
         with watched.bar:
             if options.target == "native":
                 write_native(source, folder)
-                return
-            write_hf(source, folder, int((options.max_shard_gb or _SHARD_GB) * 1e9))
-        if source.tokenizer is not None:
+            elif options.target == "megatron-core":
+                write_megatron(source, folder)
+            else:
+                write_hf(source, folder, int((options.max_shard_gb or _SHARD_GB) * 1e9), options.model_type)
+        if options.target == "hf" and source.tokenizer is not None:
             tokenizer_files.copy(source.tokenizer, folder)
     except (OSError, CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise RequestError(f"--output {options.output}: cannot be written ({reason})") from error
+        raise _cannot_write(options.output, error) from error
+
+
+def _export_adapters(options: argparse.Namespace, output: Path) -> int:
+    adapters = open_adapters(Path(options.input), options.base_model)
+    weights = adapters.weights
+    _check_room(output, sum(bytes_of(weights, name) for name in weights.shapes))
+    with _appearing(output) as folder:
+        try:
+            write_peft(adapters, folder)
+        except OSError as error:
+            raise _cannot_write(options.output, error) from error
+    print(f"wrote {output}")
+    return 0
+
+
+def _cannot_write(output: str | Path, error: BaseException) -> RequestError:
+    reason = str(error).strip().splitlines()[-1]
+    return RequestError(f"--output {output}: cannot be written ({reason})")
 
 
 class _appearing:
@@ -144,8 +249,11 @@ class _appearing:
         self._final, self._partial = final, final.with_name(f".{final.name}.tmp")
 
     def __enter__(self) -> Path:
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir()
+        shutil.rmtree(self._partial, ignore_errors=True)  # of a killed run
+        try:
+            self._partial.mkdir()
+        except OSError as error:
+            raise _cannot_write(self._final, error) from error
         return self._partial
 
     def __exit__(self, kind: object, *_: object) -> None:

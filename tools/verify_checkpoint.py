@@ -95,8 +95,9 @@ def work(options: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise RequestError(f"DIR {folder}: no such directory")
     is_native = any((folder / name).is_file() for name in (LATEST, MANIFEST))
+    reports: Iterable[Report]
     if options.all:
-        reports = [_verify_native(checkpoint, checksums) for checkpoint in _all_checkpoints(folder)]
+        reports = (_verify_native(checkpoint, checksums) for checkpoint in _all_checkpoints(folder))
     elif is_native:
         reports = [_verify_latest(folder, checksums)]
     elif (folder / CONFIG).is_file():
@@ -104,9 +105,11 @@ def work(options: argparse.Namespace) -> int:
     else:
         known = f"a checkpoint ({MANIFEST}), a folder of checkpoints ({LATEST}) or a Hugging Face model ({CONFIG})"
         raise RequestError(f"DIR {folder}: not {known}")
+    code = 0
     for report in reports:
         report.print(options.json)
-    return 1 if any(report.problems for report in reports) else 0
+        code = max(code, 1 if report.problems else 0)
+    return code
 
 
 def _all_checkpoints(folder: Path) -> list[Path]:
@@ -159,9 +162,10 @@ def _describe_native(report: Report, checkpoint: Path, manifest: Manifest) -> No
         _describe_dtypes(report, WeightReader(checkpoint))
     optimizer = "AdamW, both moments" if manifest.has_optimizer else "none: weights alone"
     report.add("optimizer", optimizer, has_optimizer=manifest.has_optimizer)
-    chosen = {name: value for name, value in (manifest.trainable or {}).items() if value not in (None, False)}
-    trained = _listed(chosen | (manifest.lora or {})) or "all parameters"
-    report.add("trained", trained, trainable=manifest.trainable, lora=manifest.lora)
+    report.facts |= {"trainable": manifest.trainable, "lora": manifest.lora}
+    if manifest.trainable is not None:
+        chosen = {name: value for name, value in manifest.trainable.items() if value not in (None, False)}
+        report.add("trained", _listed(chosen | (manifest.lora or {})) or "all parameters")
     report.add("written by", _listed(manifest.layout), layout=manifest.layout)
     if manifest.hugging_face is not None:
         model_type = manifest.hugging_face.get(CONFIG, {}).get("model_type")
@@ -176,11 +180,11 @@ def _verify_hugging_face(folder: Path, digests: bool) -> Report:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         model_type, model = config["model_type"], family_of(config).read(config)
+    except RequestError as error:
+        raise RequestError(f"DIR {folder}: {error}") from error
     except (OSError, ValueError, LookupError, TypeError) as error:
         report.problems = [f"{CONFIG} cannot be read ({type(error).__name__}: {error})"]
         return report
-    except RequestError as error:
-        raise RequestError(f"DIR {folder}: {error}") from error
     report.add("origin", f"model_type {model_type}", model_type=model_type)
     _describe_model(report, model, None)
     try:
@@ -221,15 +225,17 @@ def _describe_model(report: Report, model: ModelConfig, lora: LoraConfig | None)
     adapters = sum(shape.numel() for name, shape in shapes.items() if is_adapter(name))
     shape = f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads "
     shape += f"({model.kv_heads} of keys and values), ffn {model.ffn_hidden_size}, vocabulary {model.vocab_size}"
-    name = next((name for name in preset_names() if _like(model, preset(name))), None)
+    name = preset_of(model)
     report.add("model", shape + (f" = {name}" if name else ""), model=dataclasses.asdict(model), preset=name)
     parameters = f"{total:,}" + (f", {adapters:,} of them in adapters" if adapters else "")
     report.add("parameters", parameters, parameters=total, adapter_parameters=adapters)
 
 
-def _like(model: ModelConfig, other: ModelConfig) -> bool:
+def preset_of(model: ModelConfig) -> str | None:
+    """The name of the published shape that a model has."""
     free = {name: getattr(model, name) for name in _FREE_FIELDS}
-    return dataclasses.replace(other, **free).resolved() == model.resolved()
+    shapes = {name: dataclasses.replace(preset(name), **free).resolved() for name in preset_names()}
+    return next((name for name, shape in shapes.items() if shape == model.resolved()), None)
 
 
 def _describe_dtypes(report: Report, weights: Weights) -> None:

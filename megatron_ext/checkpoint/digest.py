@@ -38,14 +38,15 @@ class HashingWriter(dcp.FileSystemWriter):
 
     def __init__(self, path: str | os.PathLike[str]):
         super().__init__(path)
-        self.fs = self._files = _HashingFileSystem()
+        self.fs: _HashingFileSystem = _HashingFileSystem()
         self.sha256: dict[str, str] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        return super().write_data(plan, planner).then(lambda done: [self._hashed(result) for result in done.value()])
+        return super().write_data(plan, planner).then(lambda done: [self.hashed(result) for result in done.value()])
 
-    def _hashed(self, result: WriteResult) -> "_HashedResult":
-        digest = self._files.sha256[result.storage_data.relative_path]
+    def hashed(self, result: WriteResult) -> WriteResult:
+        """A result of a file that has been written through `fs`, with its digest."""
+        digest = self.fs.sha256[result.storage_data.relative_path]
         return _HashedResult(result.index, result.size_in_bytes, result.storage_data, digest)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

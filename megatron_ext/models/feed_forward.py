@@ -1,6 +1,7 @@
 """The feed-forward network of a decoder layer, cut over the tensor-parallel group by its inner features."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,11 @@ from megatron_ext.kernels import Kernels
 from megatron_ext.models.config import ModelConfig
 from megatron_ext.tensor_parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel, column_parallel
 
-_PLAIN = {"gelu": F.gelu, "gelu-tanh": functools.partial(F.gelu, approximate="tanh"), "relu": F.relu}
+_PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu-tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 class GatedMLP(nn.Module):

@@ -129,7 +129,7 @@ def test_loss_and_gradients_equal_transformers(
         for key, gradient in gradients_of_rank.items():
             source = EMBEDDING if want.model.tied and key == HEAD else key
             whole = want.gradients.read_rows(source, 0, want.gradients.shapes[source][0])
-            torch.testing.assert_close(gradient, whole, rtol=0, atol=1e-5, msg=lambda text: f"{key}: {text}")
+            assert (gradient - whole).abs().max() <= 1e-5, key
             gradients[source] = gradient
     assert gradients.keys() == want.gradients.shapes.keys()
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()

@@ -1,6 +1,9 @@
 """Conversion against transformers: the same tensors, the same logits, and a clear word about bad input."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +150,8 @@ BROKEN = {
         lambda f: _edit(f, hidden_size=64, head_dim=16),
         "embed_tokens.weight is (997, 32), config.json asks for (997, 64)",
     ),
-    "a layer too many": (lambda f: _edit(f, num_hidden_layers=4), "lacks weight layers.3."),
-    "a layer too few": (lambda f: _edit(f, num_hidden_layers=2), "has an unknown weight layers.2."),
+    "a layer too many": (lambda f: _edit(f, num_hidden_layers=4), "lacks weight model.layers.3."),
+    "a layer too few": (lambda f: _edit(f, num_hidden_layers=2), "has an unknown weight model.layers.2."),
     "unknown rope": (
         lambda f: _edit(f, rope_parameters={"rope_type": "yarn", "factor": 2.0}),
         "rope scaling 'yarn' is not supported",
@@ -184,6 +187,12 @@ def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (*HF, "--max-shard-gb", "0"): "--max-shard-gb 0.0: must be above 0",
         (*HF, "--base-tokenizer", "t"): "--base-tokenizer has no effect without --embedding-init",
         (*HF, "--embedding-norm-correction"): "--embedding-norm-correction has no effect without --embedding-init",
+        (*NATIVE, "--model-type", "llama"): "--model-type has no effect with --to native: it belongs to --to hf",
+        (*NATIVE, "--base-model", "b"): "--base-model has no effect with --to native: it belongs to --to peft",
+        (*HF, "--vocab-size", "9"): "--vocab-size has no effect with --from native: it belongs to --from megatron-core",
+        (*HF, "--max-position-embeddings", "9"): "--max-position-embeddings has no effect with --from native",
+        (*HF[:3], "peft", *HF[4:], "--dtype", "float32"): "--dtype has no effect with --to peft",
+        (*NATIVE[:3], "peft", *NATIVE[4:]): "--from hf --to peft: adapters are exported from native checkpoints only",
         (*HF, "--seed", "1"): "--seed has no effect without --embedding-init",
         (*NATIVE, "--tokenizer", "t"): "--tokenizer has no effect with --to native unless --embedding-init is given",
         (*HF, "--embedding-init", "mean"): "--embedding-init mean needs --base-tokenizer",
@@ -198,6 +207,48 @@ def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert message in capsys.readouterr().err
 
 
+def test_too_little_room_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf_model(tmp_path / "hf")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(convert_checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert convert("--from", "hf", "--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "out") == 2
+    assert f"--output {tmp_path / 'out'}: needs 407kB, and 1.00kB are free on its disk" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_unwritable_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf_model(tmp_path / "hf")
+    output = Path("/proc/self/out")  # nobody can make a folder there
+    assert convert("--from", "hf", "--to", "native", "--input", tmp_path / "hf", "--output", output) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "--output /proc/self/out: " in line
+
+
+def test_a_file_that_cannot_grow_leaves_nothing(tmp_path: Path) -> None:
+    """The system's own limit, in a process of its own: it ends a write in the middle, as a full disk does."""
+    hf_model(tmp_path / "hf")
+    words = f"--from hf --to native --input {tmp_path}/hf --output {tmp_path}/out"
+    command = f"ulimit -f 100; exec {sys.executable} -m tools.convert_checkpoint {words}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"--output {tmp_path}/out: cannot be written" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_killed_conversion_leaves_no_result_and_the_next_one_starts_clean(tmp_path: Path) -> None:
+    hf_model(tmp_path / "hf")
+    partial = tmp_path / ".out.tmp"
+    partial.mkdir()
+    (partial / "stale.distcp").write_text("of a killed run")
+    names = ("--input", tmp_path / "hf", "--output", tmp_path / "out")
+    assert convert("--from", "hf", "--to", "native", *names) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+    assert not list((tmp_path / "out").rglob("stale*"))
+
+
 @pytest.mark.parametrize("target", ["hf", "native"])
 def test_a_full_disk_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str
@@ -207,7 +258,7 @@ def test_a_full_disk_leaves_nothing(
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf_folder, "_write_shard", full)
+    monkeypatch.setattr(hf_folder, "write_safetensors", full)
     monkeypatch.setattr(write.torch, "save", full)
     capsys.readouterr()
     names = ("--input", tmp_path / "hf", "--output", tmp_path / "out", "--dtype", "bfloat16")

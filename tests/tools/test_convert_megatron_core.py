@@ -5,7 +5,9 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
+import pickle
 import queue
+import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +134,31 @@ def expected(model: ModelConfig, ours: dict[str, torch.Tensor]) -> dict[str, tor
     return fused
 
 
+class OnCpu(TorchFunctionMode):
+    """What megatron-core makes on "cuda" is made on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+def without_gpu() -> None:
+    """In this rank, let megatron-core do without CUDA where it only asks where to put something, or has to wait."""
+    from megatron.core import tensor_parallel
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: "cpu"
+    cuda.synchronize = lambda *_: None
+    no_dropout = types.SimpleNamespace(fork=contextlib.nullcontext)
+    tensor_parallel.get_cuda_rng_tracker = lambda: no_dropout
+    filesystem_async._results_queue = queue.Queue()  # instead of one in another process
+    rank: Any = multiprocessing.current_process()
+    rank._config["daemon"] = False  # its writer starts processes
+
+
 def gpt(args: argparse.Namespace, vocab_size: int) -> Any:
     """megatron-core's model of these arguments, made from them as Megatron-LM does."""
     from megatron.core.models.gpt import GPTModel
@@ -189,20 +216,18 @@ def load(folder: Path, divisible_by: int = 1) -> tuple[Any, argparse.Namespace]:
 
 
 def save(model: Any, args: argparse.Namespace, folder: Path, metadata: dict[str, Any]) -> None:
-    """Have megatron-core write a checkpoint. Its writer asks for CUDA's queue to drain and starts processes."""
+    """Have megatron-core write a checkpoint."""
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
-    torch.cuda.synchronize = lambda *_: None
-    filesystem_async._results_queue = queue.Queue()
-    multiprocessing.process.current_process()._config["daemon"] = False
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
     state = {
         "model": model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(metadata)),
-        "optimizer.state": dist_checkpointing.ShardedTensor.from_rank_offsets("optimizer.state.exp_avg", torch.ones(4)),
+        "optimizer.state": dist_checkpointing.ShardedTensor.from_rank_offsets(
+            "optimizer.state.exp_avg", torch.ones(4), replica_id=dist.get_rank()
+        ),
         "args": args,
         "checkpoint_version": 3.0,
         "iteration": 7,
@@ -210,25 +235,13 @@ def save(model: Any, args: argparse.Namespace, folder: Path, metadata: dict[str,
     dist_checkpointing.save(state, str(folder), validate_access_integrity=False)
 
 
-class OnCpu(TorchFunctionMode):
-    """What megatron-core makes on "cuda" is made on the CPU."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("device") == "cuda":
-            kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
-
-
 def parameters_and_logits(root: Path, variants: list[str]) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """Of every variant's checkpoint in megatron-core's model; what it loaded is also written again by it."""
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state
     from megatron.core.transformer.enums import AttnBackend
 
+    without_gpu()
     parallel_state.initialize_model_parallel()
-    torch.cuda.current_device = lambda: "cpu"  # where the rotary embedding moves its frequencies to
-    no_dropout = types.SimpleNamespace(fork=contextlib.nullcontext)
-    tensor_parallel.get_cuda_rng_tracker = lambda: no_dropout  # the states of generators on GPUs
     found = {}
     for variant in variants:
         model, args = load(root / variant / "ours" / "release")
@@ -285,3 +298,228 @@ def test_we_load_what_megatron_core_writes(variant: str, inner: str, root: Path,
     assert list(back) == list(parameter_shapes(model))
     for name, tensor in back.items():
         assert torch.equal(tensor, ours[name]), name
+
+
+def at_tp2(root: Path, name: str) -> dict[str, torch.Tensor]:
+    """One rank's parameters, of a vocabulary padded to a multiple of 256; they are also written, without a size."""
+    from megatron.core import parallel_state
+
+    without_gpu()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    model, args = load(root / name / "release", divisible_by=256)
+    args.vocab_size, args.padded_vocab_size = None, model.vocab_size
+    save(model, args, root / f"{name} padded", {})
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("vocab_size", [997, 49953])
+def test_two_ranks_pad_the_vocabulary_and_we_cut_it(vocab_size: int, pool: Pool, tmp_path: Path) -> None:
+    model = dataclasses.replace(BASE, vocab_size=vocab_size, add_bias_linear=True)
+    source = source_of(model)
+    (tmp_path / "ours").mkdir()
+    write_megatron(source, tmp_path / "ours")
+    ranks = pool.run(at_tp2, 2, tmp_path, "ours")
+    padded = -(-vocab_size // 256) * 256
+    for name, whole in expected(model, read_all(source)).items():
+        parts = [rank[name] for rank in ranks]
+        if "word_embeddings" in name or "output_layer" in name:
+            assert torch.equal(torch.cat(parts), F.pad(whole, (0, 0, 0, padded - vocab_size))), name
+        elif "linear_fc1" in name:  # each rank has its half of the gate over its half of the other
+            halves = [torch.cat(half) for half in zip(*(part.chunk(2) for part in parts), strict=True)]
+            assert torch.equal(torch.cat(halves), whole), name
+        elif "linear_qkv" in name:
+            assert torch.equal(torch.cat(parts), whole), name
+        elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            assert torch.equal(torch.cat(parts, dim=1), whole), name
+        else:
+            assert all(torch.equal(part, whole) for part in parts), name
+
+    back = tmp_path / "ours padded"
+    with pytest.raises(
+        RequestError, match=f"the embedding's {padded} rows are tokens and not padding: give --vocab-size"
+    ):
+        open_megatron(back)
+    with pytest.raises(
+        RequestError, match=f"a vocabulary of {padded + 1} does not go with an embedding of {padded} rows"
+    ):
+        open_megatron(back, padded + 1)
+    returned = open_megatron(back, vocab_size)
+    assert returned.model.resolved() == model.resolved()
+    ours = read_all(source)
+    for name, tensor in read_all(returned).items():
+        assert torch.equal(tensor, ours[name]), name
+
+
+def test_a_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte is asked for once, in requests no larger than a piece, however rows alternate; the dtype stays."""
+    monkeypatch.setattr(write, "_PIECE_BYTES", 512)
+    model = dataclasses.replace(BASE, add_qkv_bias=True)
+    source = source_of(model, torch.bfloat16)
+    (tmp_path / "ours").mkdir()
+    write_megatron(source, tmp_path / "ours")
+    asked = source.weights
+    assert isinstance(asked, Tensors)
+    assert asked.largest <= 512
+    assert asked.total == sum(tensor.nbytes for tensor in asked.tensors.values())
+
+    back = Tensors(read_all(open_megatron(tmp_path / "ours")))
+    assert set(back.dtypes.values()) == {torch.bfloat16}
+    assert all(torch.equal(tensor, asked.tensors[name]) for name, tensor in back.tensors.items())
+
+
+def test_kept_pieces_give_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "_PIECE_BYTES", 3 * 4 * 4)
+    weights = Tensors({"a": torch.randn(10, 4), "b": torch.randn(7)})
+    kept = KeptPieces(weights)
+    for name, tensor in weights.tensors.items():
+        for start in range(len(tensor) + 1):
+            for stop in range(start, len(tensor) + 1):
+                assert torch.equal(kept.read_rows(name, start, stop), tensor[start:stop])
+
+
+UNKNOWN: dict[str, dict[str, Any]] = {
+    "position_embedding_type 'alibi'": {"position_embedding_type": "alibi"},
+    "embed_layernorm True": {"embed_layernorm": True},
+    "parallel_residual one-norm": {"parallel_residual": "one-norm"},
+    "parallel_residual two-norms": {"parallel_residual": "two-norms"},
+    "position_embedding_offset 2": {"position_embedding_type": "learned_absolute", "position_embedding_offset": 2},
+    "activation relu": {"activation": "relu"},
+    "activation gelu-tanh": {"activation": "gelu-tanh"},
+    "rope_low_freq_factor 2.0": {"rope_scaling": "llama3", "rope_scaling_factor": 8.0, "rope_low_freq_factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("word", UNKNOWN)
+def test_what_megatron_core_has_no_word_for_is_refused(word: str, tmp_path: Path) -> None:
+    source = source_of(dataclasses.replace(BASE, **UNKNOWN[word]))
+    with pytest.raises(RequestError, match=f"^megatron-core cannot have .*{word}") as refusal:
+        write_megatron(source, tmp_path)
+    assert "\n" not in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _common(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def breakage(release: Path) -> None:
+        common = torch.load(release / "common.pt", weights_only=False)
+        change(common)
+        torch.save(common, release / "common.pt")
+
+    return breakage
+
+
+def _args(**values: Any) -> Callable[[Path], None]:
+    return _common(lambda common: vars(common["args"]).update(values))
+
+
+def _truncate(name: str) -> Callable[[Path], None]:
+    def breakage(release: Path) -> None:
+        (release / name).write_bytes((release / name).read_bytes()[:-1000])
+
+    return breakage
+
+
+def _lose_a_piece(release: Path) -> None:
+    metadata = pickle.loads((release / ".metadata").read_bytes())
+    metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.pop()
+    (release / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no tracker": (
+        lambda r: (r.parent / "latest_checkpointed_iteration.txt").unlink(),
+        r"neither a checkpoint of megatron-core \(metadata.json\) nor a folder of them \(latest_",
+    ),
+    "strange tracker": (
+        lambda r: (r.parent / "latest_checkpointed_iteration.txt").write_text("../x"),
+        "latest_checkpointed_iteration.txt says '../x'; 'release' or a number is expected",
+    ),
+    "absent iteration": (
+        lambda r: (r.parent / "latest_checkpointed_iteration.txt").write_text("12"),
+        "iter_0000012/metadata.json cannot be read",
+    ),
+    "older format": (
+        lambda r: (r / "metadata.json").rename(r / "mp_rank_00"),
+        r"release is of Megatron-LM's older format \(mp_rank_\*\): save it once with --ckpt-format torch_dist",
+    ),
+    "no format": (lambda r: (r / "metadata.json").unlink(), "release/metadata.json cannot be read"),
+    "broken format": (lambda r: (r / "metadata.json").write_text("{"), "release/metadata.json cannot be read"),
+    "another format": (
+        lambda r: (r / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"})),
+        "a checkpoint of format 'zarr' is not supported; 'torch_dist' is",
+    ),
+    "no arguments file": (lambda r: (r / "common.pt").unlink(), "common.pt cannot be read"),
+    "truncated arguments": (_truncate("common.pt"), "common.pt cannot be read"),
+    "no arguments": (_common(lambda common: common.pop("args")), "common.pt has no args, which say"),
+    "missing arguments": (
+        _args(num_layers=None, normalization=None),
+        "common.pt: args lacks num_layers, normalization$",
+    ),
+    "an argument of another type": (
+        _args(num_layers="3"),
+        "common.pt: args.num_layers is '3', which is not of type int",
+    ),
+    "another activation": (_args(squared_relu=True), "common.pt: args.squared_relu True is not supported"),
+    "experts": (_args(num_experts=8), "common.pt: args.num_experts 8 is not supported"),
+    "another softmax": (_args(softmax_type="learnable"), "args.softmax_type 'learnable' is not supported"),
+    "other positions": (_args(position_embedding_type="yarn"), "args.position_embedding_type 'yarn' is not supported"),
+    "another norm": (_args(normalization="L2Norm"), "args.normalization 'L2Norm' is not supported"),
+    "an open window": (_args(window_size=(4, 4)), r"args.window_size \(4, 4\) is not supported"),
+    "impossible heads": (
+        _args(num_attention_heads=5),
+        "common.pt: --num-query-groups 2 does not divide --num-attention-heads 5",
+    ),
+    "a null tokenizer": (_args(tokenizer_type="NullTokenizer"), "give --vocab-size"),
+    "wrong width": (
+        _args(hidden_size=64, kv_channels=8),
+        r"embedding.word_embeddings.weight is \(997, 32\), common.pt asks for \(997, 64\)",
+    ),
+    "a layer too many": (_args(num_layers=4), "lacks weight decoder.layers.3."),
+    "a layer too few": (_args(num_layers=2), "has an unknown weight decoder.layers.2."),
+    "tied in words": (
+        _args(untie_embeddings_and_output_weights=False),
+        "has an unknown weight output_layer.weight",
+    ),
+    "no metadata": (lambda r: (r / ".metadata").unlink(), ".metadata cannot be read"),
+    "truncated metadata": (_truncate(".metadata"), ".metadata cannot be read"),
+    "no weights": (lambda r: (r / "__0_0.distcp").unlink(), "incomplete checkpoint, __0_0.distcp is missing"),
+    "truncated weights": (_truncate("__0_0.distcp"), "incomplete checkpoint, __0_0.distcp has [0-9]+ bytes instead of"),
+    "a lost piece": (_lose_a_piece, "incomplete checkpoint, parts of decoder.layers.mlp.linear_fc2.weight are missing"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_input_is_refused(case: str, tmp_path: Path) -> None:
+    breakage, message = BROKEN[case]
+    write_megatron(source_of(BASE), tmp_path)
+    breakage(tmp_path / "release")
+    with pytest.raises(RequestError, match=message) as refusal:
+        open_megatron(tmp_path)
+    assert str(refusal.value).startswith(f"--input {tmp_path}: ")
+    assert "\n" not in str(refusal.value)
+
+
+class Deed:
+    """Runs when it is unpickled as Python does."""
+
+    def __init__(self, victim: Path):
+        self.victim = victim
+
+    def __reduce__(self) -> Any:
+        return shutil.rmtree, (str(self.victim),)
+
+
+def test_foreign_objects_beside_the_arguments_do_nothing(tmp_path: Path) -> None:
+    write_megatron(source_of(BASE), tmp_path)
+    (tmp_path / "victim").mkdir()
+    _args(deed=Deed(tmp_path / "victim"), dtype=torch.bfloat16)(tmp_path / "release")
+    torch.load(tmp_path / "release" / "common.pt", weights_only=False)
+    assert not (tmp_path / "victim").exists()
+    (tmp_path / "victim").mkdir()
+    assert open_megatron(tmp_path).model == BASE.resolved()
+    assert (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_arguments_say_the_shape(variant: str) -> None:
+    model = model_of(variant).resolved()
+    assert from_args(to_args(model), model.vocab_size).resolved() == model

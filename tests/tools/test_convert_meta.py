@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_ext.errors import RequestError
 from megatron_ext.models import preset
-from tools.conversion import meta
 from tools.conversion.hf_folder import write_hf
 from tools.conversion.meta import open_meta
 from tools.conversion.native import open_native, write_native
@@ -33,6 +32,21 @@ PARAMS = {
 SCALED = {"use_scaled_rope": True, "rope_scaling_factor": 32, "rope_theta": 500000.0}
 
 
+def layer_shapes(dim: int, kv_rows: int, ffn: int, shards: int = 1) -> dict[str, tuple[int, ...]]:
+    """Of the modules of a layer in one of `shards` files."""
+    return {
+        "attention.wq": (dim // shards, dim),
+        "attention.wk": (kv_rows // shards, dim),
+        "attention.wv": (kv_rows // shards, dim),
+        "attention.wo": (dim, dim // shards),
+        "feed_forward.w1": (ffn // shards, dim),
+        "feed_forward.w2": (dim, ffn // shards),
+        "feed_forward.w3": (ffn // shards, dim),
+        "attention_norm": (dim,),
+        "ffn_norm": (dim,),
+    }
+
+
 def meta_tensors(vocabulary: int = VOCABULARY) -> Tensors:
     """A checkpoint's tensors, whole, with Meta's names."""
     generator = torch.Generator().manual_seed(7)
@@ -40,20 +54,11 @@ def meta_tensors(vocabulary: int = VOCABULARY) -> Tensors:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
 
-    tensors = {"tok_embeddings.weight": draw(vocabulary, DIM), "norm.weight": 1 + draw(DIM)}
+    tensors = {"tok_embeddings.weight": draw(vocabulary, DIM), "norm.weight": draw(DIM) + 1}
     tensors |= {"output.weight": draw(vocabulary, DIM), "rope.freqs": torch.ones(HEAD // 2)}
     for layer in range(LAYERS):
-        shapes = {
-            "attention.wq": (HEADS * HEAD, DIM),
-            "attention.wk": (KV_HEADS * HEAD, DIM),
-            "attention.wv": (KV_HEADS * HEAD, DIM),
-            "attention.wo": (DIM, HEADS * HEAD),
-            "feed_forward.w1": (FFN, DIM),
-            "feed_forward.w2": (DIM, FFN),
-            "feed_forward.w3": (FFN, DIM),
-        }
-        tensors |= {f"layers.{layer}.{name}.weight": draw(*shape) for name, shape in shapes.items()}
-        tensors |= {f"layers.{layer}.{name}.weight": 1 + draw(DIM) for name in ("attention_norm", "ffn_norm")}
+        for module, shape in layer_shapes(DIM, KV_HEADS * HEAD, FFN).items():
+            tensors[f"layers.{layer}.{module}.weight"] = draw(*shape) + (len(shape) == 1)
     return tensors
 
 
@@ -168,7 +173,7 @@ def test_native_checkpoint_is_bitwise_equal_whatever_the_shards(tmp_path: Path) 
             assert torch.equal(read(native, name), read(one, name)), name
 
 
-@pytest.mark.parametrize("shards", (1, 2, 4))
+@pytest.mark.parametrize("shards", [1, 2, 4])
 def test_rows_are_those_of_the_whole(tmp_path: Path, shards: int) -> None:
     source = open_meta(write_meta(tmp_path / "meta", meta_tensors(), shards), max_position_embeddings=128)
     for name, shape in source.weights.shapes.items():
@@ -195,7 +200,7 @@ def test_vocabulary_that_the_files_do_not_share_evenly(tmp_path: Path) -> None:
     assert torch.equal(read(source, "lm_head.weight"), tensors["output.weight"])
 
 
-@pytest.mark.parametrize("stored", (True, False))
+@pytest.mark.parametrize("stored", [True, False])
 def test_tied_matrices_are_one_parameter(tmp_path: Path, stored: bool) -> None:
     tensors = meta_tensors()
     if stored:
@@ -265,23 +270,12 @@ def test_published_models_are_known(tmp_path: Path, name: str, capsys: pytest.Ca
         def empty(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.bfloat16)
 
-        columns = (vocabulary, dim // shards)
-        state = {"tok_embeddings.weight": empty(*columns), "norm.weight": empty(dim)}
-        tied = preset(name).tied
-        state["output.weight"] = state["tok_embeddings.weight"] if tied else empty(vocabulary // shards, dim)
+        state = {"tok_embeddings.weight": empty(vocabulary, dim // shards), "norm.weight": empty(dim)}
+        tied = state["tok_embeddings.weight"]
+        state["output.weight"] = tied if preset(name).tied else empty(vocabulary // shards, dim)
         for layer in range(params["n_layers"]):
-            shapes = {
-                "attention.wq": (dim // shards, dim),
-                "attention.wk": (kv_heads * head // shards, dim),
-                "attention.wv": (kv_heads * head // shards, dim),
-                "attention.wo": (dim, dim // shards),
-                "feed_forward.w1": (ffn // shards, dim),
-                "feed_forward.w2": (dim, ffn // shards),
-                "feed_forward.w3": (ffn // shards, dim),
-                "attention_norm": (dim,),
-                "ffn_norm": (dim,),
-            }
-            state |= {f"layers.{layer}.{module}.weight": empty(*shape) for module, shape in shapes.items()}
+            for module, shape in layer_shapes(dim, kv_heads * head, ffn, shards).items():
+                state[f"layers.{layer}.{module}.weight"] = empty(*shape)
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         for rank in range(shards):
             torch.save(state, tmp_path / f"consolidated.{rank:02d}.pth")
@@ -291,3 +285,143 @@ def test_published_models_are_known(tmp_path: Path, name: str, capsys: pytest.Ca
     ids = (source.hugging_face or {}).get("config.json", {})
     assert ids.get("bos_token_id") == (128000 if name.startswith("llama3") else None)
     assert open_meta(tmp_path, max_position_embeddings=300).model.max_position_embeddings == 300
+
+
+@pytest.mark.parametrize("place", ["meta", "."])
+def test_tokenizer_of_sentencepiece_comes_along(tmp_path: Path, place: str) -> None:
+    folder = write_meta(tmp_path / "meta", meta_tensors())
+    (tmp_path / place / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    tokenizer = open_meta(folder, max_position_embeddings=128).tokenizer
+    assert tokenizer is not None
+    assert tokenizer.samefile(tmp_path / place / "tokenizer.model")
+
+
+def test_tokenizer_of_tiktoken_is_left_out_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_meta(tmp_path / "meta", meta_tensors())
+    (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    assert open_meta(folder, max_position_embeddings=128).tokenizer is None
+    assert "is a file of tiktoken and is left out" in capsys.readouterr().out
+
+
+def _params(folder: Path, **fields: Any) -> None:
+    (folder / "params.json").write_text(json.dumps(PARAMS | fields))
+
+
+def _state(folder: Path, rank: int, change: Callable[[Tensors], object]) -> None:
+    file = folder / f"consolidated.{rank:02d}.pth"
+    state = torch.load(file, weights_only=True)
+    change(state)
+    torch.save(state, file)
+
+
+WQ, WK = "layers.0.attention.wq.weight", "layers.0.attention.wk.weight"
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no params": (lambda folder: (folder / "params.json").unlink(), "params.json cannot be read"),
+    "no JSON": (lambda folder: (folder / "params.json").write_text("{"), "params.json cannot be read"),
+    "a list": (lambda folder: (folder / "params.json").write_text("[]"), "params.json cannot be read"),
+    "a missing field": (lambda folder: _params(folder, n_heads=None), "params.json lacks n_heads"),
+    "another model's field": (
+        lambda folder: _params(folder, sliding_window=4096),
+        "params.json has an unknown field sliding_window",
+    ),
+    "a word": (lambda folder: _params(folder, dim="64"), "params.json: dim cannot be '64'"),
+    "a fraction": (lambda folder: _params(folder, n_layers=2.5), "params.json: n_layers cannot be 2.5"),
+    "nothing": (lambda folder: _params(folder, n_kv_heads=0), "params.json: n_kv_heads cannot be 0"),
+    "less than nothing": (lambda folder: _params(folder, norm_eps=-1), "params.json: norm_eps cannot be -1"),
+    "a switch for a number": (lambda folder: _params(folder, dim=True), "params.json: dim cannot be True"),
+    "a factor of nothing": (
+        lambda folder: _params(folder, rope_scaling_factor=8),
+        "rope_scaling_factor has no effect unless use_scaled_rope is true",
+    ),
+    "a number for a switch": (lambda folder: _params(folder, use_scaled_rope=8), "use_scaled_rope cannot be 8"),
+    "heads that do not fit": (lambda folder: _params(folder, n_heads=7), "params.json: --hidden-size 64 is not a"),
+    "no files": (
+        lambda folder: [path.unlink() for path in folder.glob("*.pth")],
+        "consolidated.00.pth is missing",
+    ),
+    "the first file": (
+        lambda folder: (folder / "consolidated.00.pth").unlink(),
+        "consolidated.00.pth is missing (there are consolidated.01.pth)",
+    ),
+    "the last file": (
+        lambda folder: (folder / "consolidated.01.pth").unlink(),
+        "consolidated.00 to 00.pth: embed_tokens.weight is (100, 32), params.json asks for (100, 64)",
+    ),
+    "another name": (
+        lambda folder: (folder / "consolidated.01.pth").rename(folder / "consolidated.01-of-02.pth"),
+        "consolidated.01.pth is missing (there are consolidated.00.pth, consolidated.01-of-02.pth)",
+    ),
+    "a broken file": (
+        lambda folder: (folder / "consolidated.01.pth").write_bytes(
+            (folder / "consolidated.01.pth").read_bytes()[:-100]
+        ),
+        "consolidated.01.pth is not a whole file of torch.save",
+    ),
+    "another hidden size": (
+        lambda folder: _params(folder, dim=128),
+        "embed_tokens.weight is (100, 64), params.json asks for (100, 128)",
+    ),
+    "another vocabulary": (
+        lambda folder: _params(folder, vocab_size=32000),
+        "embed_tokens.weight is (100, 64), params.json asks for (32000, 64)",
+    ),
+    "another feed-forward size": (
+        lambda folder: _params(folder, multiple_of=256),
+        "layers.0.mlp.gate_proj.weight is (192, 64), params.json asks for (256, 64)",
+    ),
+    "fewer layers": (lambda folder: _params(folder, n_layers=1), "has an unknown weight layers.1."),
+    "more layers": (lambda folder: _params(folder, n_layers=3), "lacks weight layers.2."),
+    "a tensor of one file only": (
+        lambda folder: _state(folder, 1, lambda state: state.pop(WQ)),
+        f"consolidated.01.pth lacks {WQ}, which others have",
+    ),
+    "no embedding": (
+        lambda folder: [_state(folder, rank, lambda state: state.pop("tok_embeddings.weight")) for rank in (0, 1)],
+        "lacks tok_embeddings.weight",
+    ),
+    "a tensor of another model": (
+        lambda folder: [_state(folder, rank, lambda state: state.update(gate=torch.ones(2))) for rank in (0, 1)],
+        "has an unknown weight gate",
+    ),
+    "shapes": (
+        lambda folder: _state(folder, 1, lambda state: state.update({WQ: torch.ones(32, 60)})),
+        f"the shapes of {WQ} in consolidated.NN.pth do not fit together: (32, 64), (32, 60)",
+    ),
+    "dimensions": (
+        lambda folder: [_state(folder, rank, lambda state: state.update({WQ: torch.ones(32)})) for rank in (0, 1)],
+        f"the shapes of {WQ} in consolidated.NN.pth do not fit together: (32,), (32,)",
+    ),
+    "dtypes": (
+        lambda folder: _state(folder, 1, lambda state: state.update({WQ: state[WQ].half()})),
+        f"{WQ} has not the same dtype in every consolidated.NN.pth",
+    ),
+    "heads held twice": (
+        lambda folder: [_state(folder, rank, lambda state: state.update({WK: torch.ones(32, 64)})) for rank in (0, 1)],
+        "layers.0.self_attn.k_proj.weight is (64, 64), params.json asks for (32, 64)",
+    ),
+    "a factor that nobody tells": (
+        lambda folder: _params(folder, use_scaled_rope=True),
+        "params.json has use_scaled_rope, and no published model has its shape: add rope_scaling_factor to it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_input_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
+    folder = write_meta(tmp_path / "meta", meta_tensors(), shards=2)
+    assert open_meta(folder, max_position_embeddings=128)
+    spoil, reason = REFUSED[case]
+    spoil(folder)
+    with pytest.raises(RequestError) as refusal:
+        open_meta(folder, max_position_embeddings=128)
+    assert str(refusal.value).startswith(f"--input {folder}")
+    assert reason in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_length_that_nobody_tells(tmp_path: Path) -> None:
+    folder = write_meta(tmp_path / "meta", meta_tensors())
+    with pytest.raises(RequestError, match="no published model has its shape: give --max-position-embeddings N"):
+        open_meta(folder)
+    with pytest.raises(RequestError, match="--max-position-embeddings 0: must be at least 1"):
+        open_meta(folder, max_position_embeddings=0)

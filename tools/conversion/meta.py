@@ -67,19 +67,25 @@ def open_meta(folder: Path, max_position_embeddings: int | None = None) -> Sourc
             is not known of a published model either.
     """
     where = f"--input {folder}"
+    if max_position_embeddings is not None and max_position_embeddings < 1:
+        raise RequestError(f"--max-position-embeddings {max_position_embeddings}: must be at least 1")
     params = _read_params(where, folder)
     shards = [TorchFiles(folder, [file]) for file in _files(where, folder)]
     joined = _JoinedShards(where, shards, params["dim"])
     model = _complete(where, params, _model(params, joined.shapes), max_position_embeddings)
-    model.validate()
+    try:
+        model.validate()
+    except RequestError as error:
+        raise RequestError(f"{where}: params.json: {error}") from error
+    llama3 = model.vocab_size == _LLAMA3_VOCABULARY
     source = Source(
         model,
         _HalvesTurned(joined, model.head_dim),
         tokenizer=_tokenizer(folder),
         origin="meta",
-        hugging_face=_llama3_config(model) if model.vocab_size == _LLAMA3_VOCABULARY else None,
+        hugging_face=_llama3_config(model, joined.dtypes[EMBEDDING]) if llama3 else None,
     )
-    return source.check(f"{where}, of {len(shards)} consolidated.NN.pth", "params.json")
+    return source.check(f"{where}, consolidated.00 to {len(shards) - 1:02d}.pth", "params.json")
 
 
 def _read_params(where: str, folder: Path) -> dict[str, Any]:
@@ -96,8 +102,11 @@ def _read_params(where: str, folder: Path) -> dict[str, Any]:
     for field, value in params.items():
         whole = field.startswith(("n_", "dim", "vocab", "multiple"))
         kind = bool if field == "use_scaled_rope" else int if whole else int | float
-        if not isinstance(value, kind) or (kind is not bool and (isinstance(value, bool) or value == 0)):
+        right = isinstance(value, kind) and (kind is bool or (not isinstance(value, bool) and value > 0))
+        if not right and (field, value) != ("vocab_size", -1):
             raise RequestError(f"{where}: params.json: {field} cannot be {value!r}")
+    if "rope_scaling_factor" in params and not params.get("use_scaled_rope"):
+        raise RequestError(f"{where}: params.json: rope_scaling_factor has no effect unless use_scaled_rope is true")
     return params
 
 
@@ -137,7 +146,7 @@ class _JoinedShards:
                 continue
             ours, cut = _translate(theirs)
             shapes = [shard.shapes[theirs] for shard in shards]
-            if theirs == _EMBEDDING and shapes[0][-1] == hidden_size:
+            if theirs == _EMBEDDING and shapes[0][-1:] == (hidden_size,):
                 cut = _ROWS
             self.shapes[ours] = _join(where, theirs, shapes, cut)
             self.dtypes[ours] = shards[0].dtypes[theirs]
@@ -263,9 +272,10 @@ def _comparable(model: ModelConfig) -> ModelConfig:
     )
 
 
-def _llama3_config(model: ModelConfig) -> dict[str, Any]:
-    """config.json with Llama 3's ids of special tokens. (Those before it have the ids of Hugging Face's default.)"""
-    return {CONFIG: LLAMA.write(model) | _LLAMA3_IDS | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}}
+def _llama3_config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json with Llama 3's ids of special tokens; those before it have the ones of Hugging Face's default."""
+    dtypes = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+    return {CONFIG: LLAMA.write(model) | dtypes | _LLAMA3_IDS}
 
 
 def _tokenizer(folder: Path) -> Path | None:

@@ -25,9 +25,7 @@ def run_ours(model: ModelConfig, weights: Weights, ids: torch.Tensor) -> Outputs
     outputs: Outputs = {}
     x = ids
     for name, stage in tqdm(stages.items(), desc="running this project's decoder", unit="layer"):
-        d = _load(model, stage, weights)
-        x = outputs[name] = d(x)
-        x.d = d
+        x = outputs[name] = _load(model, stage, weights)(x)
     return outputs
 
 

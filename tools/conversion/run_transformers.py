@@ -18,6 +18,7 @@ from tqdm import tqdm
 from megatron_ext.checkpoint.read import Weights
 from megatron_ext.errors import RequestError
 from tools.conversion.outputs import EMBEDDING, LOGITS, Outputs, layer, read_float32
+from tools.conversion.source import CONFIG
 
 _OLDEST = 5  # major version
 
@@ -63,7 +64,7 @@ def _without_values(folder: Path) -> Any:
         raise NotRunnable("transformers is not installed: pip install transformers") from error
     if int(__version__.split(".")[0]) < _OLDEST:
         raise NotRunnable(f"transformers {__version__} is too old: pip install 'transformers>={_OLDEST}'")
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    model_type = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise NotRunnable(f"transformers has no model of its own of the type {model_type}")
     options = {"dtype": torch.float32, "attn_implementation": "eager", "trust_remote_code": False}
@@ -72,7 +73,7 @@ def _without_values(folder: Path) -> Any:
         with _parameters_on_meta():
             return AutoModelForCausalLM.from_config(config, **options).eval()
     except Exception as error:  # of many kinds, by model
-        raise RequestError(f"{folder}: transformers cannot build what config.json describes ({error})") from error
+        raise RequestError(f"{folder}: transformers cannot build what {CONFIG} describes ({error})") from error
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ def _relative(expected: torch.Tensor, found: torch.Tensor) -> float:
     if expected.shape != found.shape or not (expected.isfinite().all() and found.isfinite().all()):
         return torch.inf
     tiny = torch.finfo(torch.float32).tiny  # nothing but zeros differs by 0
-    differences, largest = ((values.abs().amax(-1)) for values in (found - expected, expected))
+    differences, largest = (values.abs().amax(-1) for values in (found - expected, expected))
     return (differences / largest.clamp(min=tiny)).max().item()
 
 

@@ -7,19 +7,34 @@ from megatron_ext.errors import RequestError
 from tokenizer.errors import TokenizerError
 from tokenizer.interface import TokenizerFile
 from tokenizer.load import read_tokenizer
+from tools.conversion.source import CONFIG, Source
 
-_NAMES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_NAMES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
-def read(path: Path, vocab_size: int) -> TokenizerFile:
-    """What `--tokenizer` names; RequestError unless it has as many pieces as the model has rows."""
+def read(path: Path, source: Source) -> TokenizerFile:
+    """What `--tokenizer` names; RequestError unless it has as many pieces as the model has rows.
+
+    Only a model that came from Hugging Face with spare rows (Qwen's, say) may keep them.
+    """
     try:
         tokenizer = read_tokenizer("--tokenizer", path)
     except TokenizerError as error:
         raise RequestError(str(error)) from error
-    if tokenizer.vocab_size != vocab_size:
+    rows, pieces = source.model.vocab_size, tokenizer.vocab_size
+    came_so = (source.hugging_face or {}).get(CONFIG, {}).get("vocab_size") == rows
+    if pieces != rows and not (came_so and pieces < rows):
         raise RequestError(
-            f"--tokenizer {path} has {tokenizer.vocab_size} pieces, the model a vocabulary of {vocab_size}: give the "
+            f"--tokenizer {path} has {pieces} pieces, the model a vocabulary of {rows}: give the "
             "model's own, or let the model grow with --embedding-init METHOD --base-tokenizer OLD"
         )
     return tokenizer

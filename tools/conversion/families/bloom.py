@@ -3,7 +3,7 @@
 Sources: modeling_bloom.py; arXiv 2211.05100, section 3.2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_ext.models import ModelConfig
@@ -21,7 +21,7 @@ LAYER = {
 }
 
 
-def layer_rules(names: dict[str, tuple[str, ...]], when: Callable[[ModelConfig], bool] = always) -> list[Rule]:
+def layer_rules(names: Mapping[str, tuple[str, ...]], when: Callable[[ModelConfig], bool] = always) -> list[Rule]:
     """Weight and bias of every layer's modules; fused ones are grouped by key/value head."""
     return [
         Rule(

@@ -70,7 +70,7 @@ class Family:
         return model
 
     def write(self, model: ModelConfig) -> Config:
-        """config.json of a model, readable by transformers 4 and 5. Raises RequestError where the family lacks words."""
+        """config.json of a model, readable by transformers 4 and 5. Raises RequestError where words are lacking."""
         resolved = model.resolved()
         config: Config = {"architectures": [self.architecture], "model_type": self.model_type}
         config |= {theirs: getattr(resolved, ours) for theirs, ours in self.fields.items()}

@@ -1,4 +1,7 @@
-"""Qwen2 and Qwen2.5 (transformers' `qwen2`): LLaMA with biases on queries, keys and values. Source: modeling_qwen2.py."""
+"""Qwen2 and Qwen2.5 (transformers' `qwen2`): LLaMA with biases on queries, keys and values.
+
+Source: modeling_qwen2.py.
+"""
 
 from tools.conversion.families.family import Family
 from tools.conversion.families.llama import LLAMA_FIELDS, LLAMA_RULES
