@@ -3,7 +3,8 @@
 Makes a LLaMA of random bfloat16 weights as a Hugging Face folder of several shards and takes it to a native checkpoint
 and back, in turn with transformers' from_pretrained and save_pretrained of the same folder and with a plain copy, each
 a process of its own. What came back is compared byte for byte. Peaks are of resident memory. A conversion's must not
-be above twice the largest tensor and what the same conversion of a model of 10 MB takes.
+be above twice the largest tensor and what the same conversion of a model of 10 MB takes; where the result is run as
+well, to prove it, above that and the largest of embedding, layer and head in float32.
 
     python -m benchmarks.convert
     python -m benchmarks.convert --gigabytes 10 --runs 3 --json convert.json
@@ -17,7 +18,6 @@ import filecmp
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -66,41 +66,59 @@ class RandomWeights:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A model to convert. size, largest: bytes of all weights, of the largest; shard: GB of a file."""
+    """A model to convert.
+
+    Attributes:
+        size, largest, step: bytes of all weights, of the largest, and in float32 of the largest of what a proof
+            computes with at a time.
+        shard: GB of a file.
+    """
 
     path: Path
     size: int
     largest: int
+    step: int
     shard: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A conversion as a command. to: name of the folder that it writes, beside its input."""
+    """A conversion as a command. to: the folder that it writes; proved: whether it runs the result too."""
 
     name: str
     to: str
     command: list[str]
+    proved: bool = False
 
 
 def shape_of(gigabytes: float) -> ModelConfig:
     """The largest of the shapes that comes out near this size with some layers."""
     for hidden, ffn, heads, kv_heads, vocabulary in _SHAPES:
         model = ModelConfig(1, hidden, ffn, heads, vocabulary, num_query_groups=kv_heads)
-        sizes = {name: 2 * shape.numel() for name, shape in parameter_shapes(model).items()}
-        layer = sum(size for name, size in sizes.items() if name.startswith("layers."))
-        layers = round((gigabytes * 1e9 - sum(sizes.values())) / layer) + 1
+        sizes = sizes_of(model)
+        layers = round((gigabytes * 1e9 - sum(sizes.values())) / layer_of(sizes)) + 1
         if layers >= _FEWEST_LAYERS:
             return dataclasses.replace(model, num_layers=layers)
     raise RequestError(f"--gigabytes {gigabytes}: too small, {_SMALL} will do")
+
+
+def sizes_of(model: ModelConfig) -> dict[str, int]:
+    """Bytes of every weight in bfloat16."""
+    return {name: 2 * shape.numel() for name, shape in parameter_shapes(model).items()}
+
+
+def layer_of(sizes: dict[str, int]) -> int:
+    """Bytes of a layer."""
+    return sum(size for name, size in sizes.items() if name.startswith("layers.0."))
 
 
 def make(gigabytes: float, root: Path) -> Folder:
     """Write a random model into `root`/hf."""
     model = shape_of(gigabytes)
     weights = WatchedWeights(RandomWeights(model))
-    sizes = [2 * shape.numel() for shape in weights.shapes.values()]
-    folder = Folder(root / "hf", sum(sizes), max(sizes), sum(sizes) / _SHARDS / 1e9)
+    sizes = sizes_of(model)
+    size, largest = sum(sizes.values()), max(sizes.values())
+    folder = Folder(root / "hf", size, largest, 2 * max(largest, layer_of(sizes)), size / _SHARDS / 1e9)
     folder.path.mkdir(parents=True)
     with weights.bar:
         write_hf(Source(model, weights, tokenizer=None, origin="random"), folder.path, int(folder.shard * 1e9))
@@ -112,18 +130,13 @@ def ways(folder: Folder, peer: bool) -> list[Way]:
     hf, native, back, copy = (str(root / name) for name in ("hf", "native", "back", "copy"))
     there = [*_CONVERT, "--from", "hf", "--to", "native", "--input", hf, "--output", native]
     home = [*_CONVERT, "--from", "native", "--to", "hf", "--max-shard-gb", shard, "--input", native, "--output", back]
-    checks = {"": [], ", --no-verify": ["--no-verify"]} if _verifies() else {"": []}
-    found = [Way(f"hf -> native{text}", native, there + flags) for text, flags in checks.items()]
-    found += [Way(f"native -> hf{text}", back, home + flags) for text, flags in checks.items()]
+    found = []
+    for name, to, command in (("hf -> native", native, there), ("native -> hf", back, home)):
+        found += [Way(f"{name}, proved", to, command, proved=True), Way(name, to, [*command, "--no-verify"])]
     if peer:
         found.append(Way(_PEER, copy, [sys.executable, "-c", _TRANSFORMERS, hf, copy, f"{folder.shard}GB"]))
         found.append(Way(_COPY, copy, ["cp", "-r", hf, copy]))
     return found
-
-
-def _verifies() -> bool:
-    """Whether conversions check themselves."""
-    return "--no-verify" in subprocess.run([*_CONVERT, "--help"], capture_output=True, text=True, check=True).stdout
 
 
 def run_all(folder: Folder, runs: int, peer: bool) -> dict[str, list[Usage]]:
@@ -150,19 +163,16 @@ def check_equal(folder: Folder) -> None:
 def figures(folder: Folder, large: dict[str, list[Usage]], small: dict[str, list[Usage]]) -> list[dict[str, Any]]:
     """A row for every way; bytes. Those of ours have a bound on the peak, and whether it holds."""
     rows = []
-    for name, usages in large.items():
+    for way in ways(folder, peer=_PEER in large):
+        usages = large[way.name]
         seconds, peak = statistics.median(usage.seconds for usage in usages), max(usage.peak for usage in usages)
-        row: dict[str, Any] = {
-            "name": name,
-            "seconds": seconds,
-            "bytes_per_second": folder.size / seconds,
-            "peak": peak,
-        }
+        row: dict[str, Any] = {"name": way.name, "seconds": seconds, "bytes_per_second": folder.size / seconds}
+        row["peak"] = peak
         if _PEER in large:
             row["speed"] = statistics.median(usage.seconds for usage in large[_PEER]) / seconds
-        if name in small:
-            constant = max(usage.peak for usage in small[name])
-            bound = 2 * folder.largest + constant
+        if way.name in small:
+            constant = max(usage.peak for usage in small[way.name])
+            bound = constant + 2 * folder.largest + (folder.step if way.proved else 0)
             row |= {"constant": constant, "bound": bound, "holds": peak <= bound}
         rows.append(row)
     return rows

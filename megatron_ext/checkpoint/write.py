@@ -1,10 +1,10 @@
 """Writing weights as a checkpoint's tensors in one process, holding only a small piece of them at a time."""
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_ext.checkpoint.digest import HashingWriter
 from megatron_ext.checkpoint.read import Place, Weights
 from megatron_ext.checkpoint.state import MODEL
 
@@ -28,15 +29,18 @@ def _native(name: str) -> Place:
     return Place(MODEL + name)
 
 
-def write_weights(folder: Path, weights: Weights, place: Callable[[str], Place] = _native) -> None:
+def write_weights(folder: Path, weights: Weights, place: Callable[[str], Place] = _native) -> dict[str, str]:
     """Write all of `weights` into an existing folder, reading them piece by piece.
 
     place: name -> where the weight is to lie. By default as in native checkpoints.
+    Returns SHA-256 digests, file name -> hex, of the files with tensors.
     """
+    writer = _PieceWriter(folder)
     with warnings.catch_warnings():
         # torch warns that one process is at work, which is what was asked for
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save({}, storage_writer=_PieceWriter(folder), planner=_PiecePlanner(weights, place), no_dist=True)
+        dcp.save({}, storage_writer=writer, planner=_PiecePlanner(weights, place), no_dist=True)
+    return writer.sha256
 
 
 def row_pieces(weights: Weights, name: str) -> Iterator[tuple[int, int]]:
@@ -73,12 +77,13 @@ class _PiecePlanner(DefaultSavePlanner):
         return self._weights.read_rows(*self._rows[write_item.index]).view(write_item.tensor_data.chunk.sizes)
 
 
-class _PieceWriter(dcp.FileSystemWriter):
+class _PieceWriter(HashingWriter):
     """Writes one piece after the other into one file and keeps none. (torch's own keeps a piece of every tensor.)"""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = []
-        with open(Path(self.path) / _FILE, "wb") as file:
+        with self.fs.create_stream(Path(self.path) / _FILE, "wb") as stream:
+            file = cast(IO[bytes], stream)
             for item in plan.items:
                 tensor = planner.resolve_data(item)
                 assert isinstance(tensor, torch.Tensor)
@@ -86,8 +91,6 @@ class _PieceWriter(dcp.FileSystemWriter):
                 torch.save(tensor.clone(memory_format=torch.contiguous_format), file)  # a view would bring all it views
                 length = file.tell() - offset
                 results.append(WriteResult(item.index, length, _StorageInfo(_FILE, offset, length)))
-            file.flush()
-            os.fsync(file.fileno())
         future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
+        future.set_result([self.hashed(result) for result in results])
         return future

@@ -207,6 +207,24 @@ def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("form", ["native", "megatron-core"])
+def test_damage_that_leaves_the_size_alone_is_noticed(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf_model(tmp_path / "hf")
+    assert convert("--from", "hf", "--to", form, "--input", tmp_path / "hf", "--output", tmp_path / "stored") == 0
+    (file,) = (tmp_path / "stored").rglob("*.distcp")
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 8] = bytes(byte ^ 255 for byte in content[middle : middle + 8])
+    file.write_bytes(content)
+    capsys.readouterr()
+    assert convert("--from", form, "--to", "hf", "--input", tmp_path / "stored", "--output", tmp_path / "back") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "__0_0.distcp: damaged, " in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "stored"]
+
+
 def test_too_little_room_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,9 +16,10 @@ from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.names import EMBEDDING, HEAD
 from tools.conversion.families import FAMILIES, Family, family_for, family_of
+from tools.conversion.pieces import KeptPieces
 from tools.conversion.rows import Binding, bind, theirs_shapes, to_ours, to_theirs
 from tools.conversion.safetensors_file import INDEX, SINGLE, open_folder, write_safetensors
-from tools.conversion.source import CONFIG, GENERATION, Source, bytes_of
+from tools.conversion.source import CONFIG, GENERATION, Source, bytes_of, check_shapes
 from tools.conversion.torch_files import INDEX as BIN_INDEX
 from tools.conversion.torch_files import SINGLE as BIN_SINGLE
 from tools.conversion.torch_files import open_bin_folder
@@ -38,7 +39,7 @@ def open_hf(folder: Path) -> Source:
         raise RequestError(f"--input {folder}: {error}") from error
     stored = open_tensors(folder)
     bindings = _locate(bind(family.rules, model), stored, family, model, f"--input {folder}")
-    weights = to_ours(stored, bindings, model)
+    weights = to_ours(KeptPieces(stored), bindings, model)
     return Source(model, weights, tokenizer=folder, origin="hugging face", hugging_face=files)
 
 
@@ -66,13 +67,7 @@ def _locate(bindings: list[Binding], stored: Weights, family: Family, model: Mod
     whole = {name if name in wanted or prefix + name not in wanted else prefix + name: name for name in stored.shapes}
     found = {full: name for full, name in whole.items() if not full.endswith(family.derived)}
     spare_head = found.pop(HEAD, None) if HEAD not in wanted else None
-    for problem, names in (("lacks", wanted.keys() - found.keys()), ("has an unknown", found.keys() - wanted.keys())):
-        if names:
-            raise RequestError(f"{where}: {problem} weight {min(names)} ({len(names)} in all)")
-    for full, shape in wanted.items():
-        if stored.shapes[found[full]] != shape:
-            have = tuple(stored.shapes[found[full]])
-            raise RequestError(f"{where}: {found[full]} is {have}, {CONFIG} asks for {tuple(shape)}")
+    check_shapes({full: stored.shapes[name] for full, name in found.items()}, wanted, where, CONFIG)
     located = [dataclasses.replace(binding, theirs=found[binding.theirs]) for binding in bindings]
     if spare_head is not None:
         embedding = next(binding.theirs for binding in located if EMBEDDING in binding.ours)
@@ -99,7 +94,7 @@ def write_hf(source: Source, folder: Path, shard_bytes: int, model_type: str | N
     model_type: of FAMILIES; by default the one that the model came from, else the first that has words for it.
     """
     family, files = describe(source, model_type)
-    weights = to_theirs(source.weights, bind(family.rules, source.model))
+    weights = to_theirs(KeptPieces(source.weights), bind(family.rules, source.model))
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sizes = {name: bytes_of(weights, name) for name in weights.shapes}

@@ -29,7 +29,7 @@ from megatron_ext.models.names import EMBEDDING, HEAD, POSITIONS
 from tools.conversion.megatron_args import from_args, to_args
 from tools.conversion.pieces import KeptPieces
 from tools.conversion.rows import Rule, bind, key_value_heads, theirs_shapes, to_ours, to_theirs
-from tools.conversion.source import Source
+from tools.conversion.source import Source, check_shapes
 
 _TRACKER, _RELEASE = "latest_checkpointed_iteration.txt", "release"
 _FORMAT, _COMMON = "metadata.json", "common.pt"
@@ -132,8 +132,8 @@ def open_megatron(folder: Path, vocab_size: int | None = None) -> Source:
     checkpoint = _find(folder, where)
     args = _read_args(checkpoint / _COMMON, where)
     try:
-        reader = WeightReader(checkpoint, _numbered)
-    except (OSError, EOFError, ValueError, ImportError, AttributeError, pickle.UnpicklingError) as error:
+        reader = WeightReader(checkpoint, _numbered, check_values=True)
+    except Exception as error:  # it is a pickle, and may fail in any way
         raise RequestError(f"{where}: .metadata cannot be read ({error})") from error
     rows = reader.shapes[_WORDS][0] if _WORDS in reader.shapes else 0
     try:
@@ -142,7 +142,7 @@ def open_megatron(folder: Path, vocab_size: int | None = None) -> Source:
         raise RequestError(f"{where}: {_COMMON}: {error}") from error
     gate_apart = any(name.endswith(_GATE_APART) for name in reader.shapes)
     bindings = bind(list(_rules(model, gate_apart)), model)
-    _check_shapes(reader.shapes, theirs_shapes(bindings, model), where)
+    check_shapes(reader.shapes, theirs_shapes(bindings, model), where, _COMMON, longer=(_WORDS, _OUTPUT))
     reader.check_whole(where)
     weights = to_ours(KeptPieces(reader), bindings, model)
     return Source(model, weights, tokenizer=None, origin="megatron-core")
@@ -150,17 +150,7 @@ def open_megatron(folder: Path, vocab_size: int | None = None) -> Source:
 
 def _find(folder: Path, where: str) -> Path:
     """The folder with the files."""
-    checkpoint = folder
-    if not (folder / _FORMAT).is_file():
-        try:
-            name = (folder / _TRACKER).read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise RequestError(
-                f"{where}: neither a checkpoint of megatron-core ({_FORMAT}) nor a folder of them ({_TRACKER})"
-            ) from error
-        checkpoint = folder / (f"iter_{int(name):07d}" if name.isdecimal() else _RELEASE)
-        if name != _RELEASE and not name.isdecimal():
-            raise RequestError(f"{where}: {_TRACKER} says {name!r}; {_RELEASE!r} or a number is expected")
+    checkpoint = folder if (folder / _FORMAT).is_file() else folder / _latest(folder, where)
     if next(checkpoint.glob("mp_rank_*"), None) is not None:
         raise RequestError(
             f"{where}: {checkpoint.name} is of Megatron-LM's older format (mp_rank_*): save it once with --ckpt-format "
@@ -173,6 +163,19 @@ def _find(folder: Path, where: str) -> Path:
     if backend != _BACKEND:
         raise RequestError(f"{where}: a checkpoint of format {backend!r} is not supported; {_BACKEND!r} is")
     return checkpoint
+
+
+def _latest(folder: Path, where: str) -> str:
+    """Which of its checkpoints a folder says is to be read."""
+    try:
+        name = (folder / _TRACKER).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{where}: neither a checkpoint of megatron-core ({_FORMAT}) nor a folder of them ({_TRACKER})"
+        ) from error
+    if name != _RELEASE and not name.isdecimal():
+        raise RequestError(f"{where}: {_TRACKER} says {name!r}; {_RELEASE!r} or a number is expected")
+    return name if name == _RELEASE else f"iter_{int(name):07d}"
 
 
 class _Opaque:
@@ -200,26 +203,13 @@ def _read_args(file: Path, where: str) -> argparse.Namespace:
 
 def _vocab_size(args: argparse.Namespace, given: int | None, rows: int) -> int:
     """How many of the embedding's rows belong to tokens."""
-    stored = getattr(args, "vocab_size", None)
-    # that of Megatron-LM's NullTokenizer leaves out a token
-    known = isinstance(stored, int) and not str(getattr(args, "tokenizer_type", "")).startswith("Null")
-    if given is None and not known:
+    size: Any = getattr(args, "vocab_size", None) if given is None else given
+    null_tokenizer = str(getattr(args, "tokenizer_type", "")).startswith("Null")  # Megatron-LM's has a token more
+    if not isinstance(size, int) or (given is None and null_tokenizer):
         raise RequestError(
             f"args.vocab_size does not say how many of the embedding's {rows} rows are tokens and not padding: give "
             "--vocab-size"
         )
-    size: int = stored if given is None else given
     if not 0 < size <= rows:
         raise RequestError(f"a vocabulary of {size} does not go with an embedding of {rows} rows")
     return size
-
-
-def _check_shapes(found: dict[str, torch.Size], wanted: dict[str, torch.Size], where: str) -> None:
-    """Raise RequestError naming the first weight that is missing, left over, or of another shape but for padding."""
-    for problem, names in (("lacks", wanted.keys() - found.keys()), ("has an unknown", found.keys() - wanted.keys())):
-        if names:
-            raise RequestError(f"{where}: {problem} weight {min(names)} ({len(names)} in all)")
-    for name, shape in wanted.items():
-        padded = name in (_WORDS, _OUTPUT) and found[name][0] >= shape[0] and found[name][1:] == shape[1:]
-        if found[name] != shape and not padded:
-            raise RequestError(f"{where}: {name} is {tuple(found[name])}, {_COMMON} asks for {tuple(shape)}")

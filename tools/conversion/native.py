@@ -17,7 +17,7 @@ def open_native(folder: Path) -> Source:
     """The checkpoint that `folder` is, or whose folder it is; adapters that it has are merged into the weights."""
     checkpoint = find_checkpoint(folder, "--input")
     manifest = read_manifest(checkpoint, "--input")
-    weights: Weights = WeightReader(checkpoint)
+    weights: Weights = WeightReader(checkpoint, check_values=True)
     adapters = 0
     if manifest.lora is not None:
         weights = merged = MergedWeights(weights, LoraConfig(**manifest.lora))
@@ -46,5 +46,5 @@ def write_native(source: Source, folder: Path) -> None:
     )
     partial = partial_path(folder, manifest.iteration)
     partial.mkdir()
-    write_weights(partial, source.weights)
-    publish(folder, manifest)
+    digests = write_weights(partial, source.weights)
+    publish(folder, dataclasses.replace(manifest, sha256=digests))

@@ -112,7 +112,7 @@ def to_theirs(weights: Weights, bindings: Iterable[Binding]) -> RowView:
 def to_ours(weights: Weights, bindings: Iterable[Binding], model: ModelConfig) -> RowView:
     """Their weights, of the shapes that `theirs_shapes` says, under our names, in the order of the model."""
     shapes = parameter_shapes(model)
-    segments: dict[str, list[_Segment]] = dict.fromkeys(shapes, [])
+    segments: dict[str, list[_Segment]] = {name: [] for name in shapes}
     for binding in bindings:
         sizes = [shapes[name][0] // binding.groups for name in binding.ours]
         for name, size, offset in zip(binding.ours, sizes, itertools.accumulate(sizes, initial=0), strict=False):

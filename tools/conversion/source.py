@@ -4,6 +4,7 @@ A conversion is a chain of `Weights`: the source's, wrapped once for everything 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,29 @@ class Source:
 
         where: starts the message; description: the file that says what the shapes should be.
         """
-        wanted, found = parameter_shapes(self.model), self.weights.shapes
-        for problem, names in (
-            ("lacks", wanted.keys() - found.keys()),
-            ("has an unknown", found.keys() - wanted.keys()),
-        ):
-            if names:
-                raise RequestError(f"{where}: {problem} weight {min(names)} ({len(names)} in all)")
-        for name, shape in wanted.items():
-            if found[name] != shape:
-                raise RequestError(f"{where}: {name} is {tuple(found[name])}, {description} asks for {tuple(shape)}")
+        check_shapes(self.weights.shapes, parameter_shapes(self.model), where, description)
         return self
+
+
+def check_shapes(
+    found: dict[str, torch.Size],
+    wanted: dict[str, torch.Size],
+    where: str,
+    description: str,
+    longer: Sequence[str] = (),
+) -> None:
+    """Raise RequestError naming the first weight that is missing, left over or of another shape.
+
+    where: starts the message; description: the file that says what the shapes should be. longer: weights that may have
+    more rows.
+    """
+    for problem, names in (("lacks", wanted.keys() - found.keys()), ("has an unknown", found.keys() - wanted.keys())):
+        if names:
+            raise RequestError(f"{where}: {problem} weight {min(names)} ({len(names)} in all)")
+    for name, shape in wanted.items():
+        padded = name in longer and found[name][0] >= shape[0] and found[name][1:] == shape[1:]
+        if found[name] != shape and not padded:
+            raise RequestError(f"{where}: {name} is {tuple(found[name])}, {description} asks for {tuple(shape)}")
 
 
 def _with_ids(content: dict[str, Any], token_ids: dict[str, int | None]) -> dict[str, Any]:
