@@ -3,8 +3,9 @@
 Makes a LLaMA of random bfloat16 weights as a Hugging Face folder of several shards and takes it to a native checkpoint
 and back, in turn with transformers' from_pretrained and save_pretrained of the same folder and with a plain copy, each
 a process of its own. What came back is compared byte for byte. Peaks are of resident memory. A conversion's must not
-be above twice the largest tensor and what the same conversion of a model of 10 MB takes; where the result is run as
-well, to prove it, above that and the largest of embedding, layer and head in float32.
+be above twice the largest tensor, what the same conversion of a model of 10 MB takes, and 67 MB that the C library may
+keep of what is freed; where the result is run as well, to prove it, above that and the largest of embedding, layer and
+head in float32.
 
     python -m benchmarks.convert
     python -m benchmarks.convert --gigabytes 10 --runs 3 --json convert.json
@@ -43,6 +44,7 @@ _SHAPES = (
 _FEWEST_LAYERS = 4
 _SHARDS = 4
 _SMALL = 0.01  # GB of the model whose conversion shows what a process takes by itself
+_KEPT = 64 << 20  # glibc's largest trim threshold, twice its largest mmap threshold: mallopt(3), on 64-bit systems
 _CONVERT = [sys.executable, "-m", "tools.convert_checkpoint"]
 _TRANSFORMERS = """
 import sys
@@ -172,7 +174,7 @@ def figures(folder: Folder, large: dict[str, list[Usage]], small: dict[str, list
             row["speed"] = statistics.median(usage.seconds for usage in large[_PEER]) / seconds
         if way.name in small:
             constant = max(usage.peak for usage in small[way.name])
-            bound = constant + 2 * folder.largest + (folder.step if way.proved else 0)
+            bound = constant + _KEPT + 2 * folder.largest + (folder.step if way.proved else 0)
             row |= {"constant": constant, "bound": bound, "holds": peak <= bound}
         rows.append(row)
     return rows

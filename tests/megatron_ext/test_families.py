@@ -20,6 +20,7 @@ from megatron_ext.zero import ZeroConfig
 from tests.distributed import Pool
 from tests.families import MODELS, save_model
 from tests.megatron_ext.training import share
+from tools.check_export import load_native
 from tools.conversion.families import family_of
 from tools.conversion.hf_folder import open_hf
 from tools.conversion.native import write_native
@@ -134,3 +135,17 @@ def test_loss_and_gradients_equal_transformers(
     assert gradients.keys() == want.gradients.shapes.keys()
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     torch.testing.assert_close(norm, want.norm, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_documents_do_not_see_each_other(name: str, expected: dict[str, Expected]) -> None:
+    """Two documents in one sequence get the logits that each gets alone, whatever tells them their positions."""
+    decoder = load_native(expected[name].checkpoint)
+    first, second = batch()["tokens"][:1, :9], batch()["tokens"][1:2, :15]
+    ids = torch.cat([first, second], dim=1)
+    documents = torch.cat([torch.zeros(1, 9), torch.ones(1, 15)], dim=1).long()
+    positions = torch.cat([torch.arange(9), torch.arange(15)])[None]
+    with torch.no_grad():
+        packed = decoder(ids, document_ids=documents, position_ids=positions)
+        alone = torch.cat([decoder(first), decoder(second)], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=2e-5)

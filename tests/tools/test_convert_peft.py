@@ -18,6 +18,7 @@ from megatron_ext.tensor_parallel import LoraConfig, add_adapters
 from tests.megatron_ext.training import tiny
 from tools import convert_checkpoint
 from tools.command import run
+from tools.conversion.families import FAMILIES
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -30,6 +31,19 @@ CASES: dict[str, tuple[LoraConfig, dict[str, Any]]] = {
     "tied": (ALL, {"untie_embeddings_and_output_weights": False}),
     "grouped with biases": (ATTENTION, {"num_query_groups": 2, "add_bias_linear": True}),
 }
+FAMILY_SHAPES: dict[str, dict[str, Any]] = {
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96},
+    "opt": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 96,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+        "max_position_embeddings": 64,
+    },
+}
+FAMILY_CASES = [("bloom", ("o_proj", "up_proj", "down_proj")), ("opt", ("q_proj", "o_proj", "up_proj", "down_proj"))]
 IDS = torch.arange(40).view(2, 20) * 7 % 90
 
 
@@ -90,7 +104,7 @@ class Trained:
 def train(folder: Path, lora: LoraConfig, base_rows: int = 96, **options: Any) -> Trained:
     """A base model, and what training might have made of it: other adapters and vocabulary matrices."""
     torch.manual_seed(0)
-    model = tiny(num_layers=2, **options).model
+    model = tiny(**{"num_layers": 2} | options).model
     frozen = draw(model)
     base = {name: value[:base_rows] if name in (EMBEDDING, HEAD) else value for name, value in frozen.items()}
     save(folder / "base", dataclasses.replace(model, vocab_size=base_rows), base, None)
@@ -100,9 +114,9 @@ def train(folder: Path, lora: LoraConfig, base_rows: int = 96, **options: Any) -
     return Trained(model, lora, trained, folder / "hf", save(folder / "native", model, trained, lora))
 
 
-def export(trained: Trained, folder: Path, *options: object) -> Path:
+def export(trained: Trained, folder: Path) -> Path:
     way = ("--from", "native", "--to", "peft", "--input", trained.native, "--output", folder)
-    assert convert(*way, "--base-model", trained.base, *options) == 0
+    assert convert(*way, "--base-model", trained.base) == 0
     return folder
 
 
@@ -167,15 +181,25 @@ def test_a_base_from_before_the_vocabulary_grew_is_resized(tmp_path: Path) -> No
     assert distance(peft.PeftModel.from_pretrained(base, folder), trained.logits) < 1e-5
 
 
-def test_dtype_and_the_base_by_its_own_name(tmp_path: Path) -> None:
+def test_adapters_find_their_base_by_its_name(tmp_path: Path) -> None:
     trained = train(tmp_path, ATTENTION)
-    folder = export(trained, tmp_path / "peft", "--dtype", "bfloat16")
-    model = peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # finds the base
-    rounded = {
-        name: tensor.bfloat16().float() if ".lora." in name or name in (EMBEDDING, HEAD) else tensor
-        for name, tensor in trained.tensors.items()
-    }
-    assert distance(model, logits(trained.model, rounded, trained.lora)) < 1e-5
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(export(trained, tmp_path / "peft"), dtype=torch.float32)
+    assert distance(model, trained.logits) < 1e-5
+
+
+def of_family(model_type: str) -> dict[str, Any]:
+    """Options of a model that only this family has words for."""
+    config = transformers.AutoConfig.for_model(model_type, **FAMILY_SHAPES[model_type]).to_dict()
+    model = FAMILIES[model_type].read(config)
+    return dataclasses.asdict(model)
+
+
+@pytest.mark.parametrize("model_type, targets", FAMILY_CASES)
+def test_other_families(tmp_path: Path, model_type: str, targets: tuple[str, ...]) -> None:
+    trained = train(tmp_path, LoraConfig(lora_rank=4, lora_target_modules=targets), **of_family(model_type))
+    assert base_of(trained).config.model_type == model_type
+    model = peft.PeftModel.from_pretrained(base_of(trained), export(trained, tmp_path / "peft"))
+    assert distance(model, trained.logits) < 1e-5
 
 
 def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,6 +214,10 @@ def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         return capsys.readouterr().err
 
     assert "there are no LoRA adapters in it; --to hf exports the whole model" in refusal(tmp_path / "base")
+    bloom = train(tmp_path / "bloom", ATTENTION, **of_family("bloom"))
+    message = refusal(bloom.native)
+    assert "layers.0.self_attn.q_proj is a part of transformer.h.0.self_attention.query_key_value.weight" in message
+    assert "merge instead, with --to hf" in message
     message = refusal(trained.native, "--base-model", other.base)
     assert "layers.0.mlp.gate_proj.weight is (64, 32) there and (48, 32) beside them" in message
     (other.base / "config.json").write_text("{")
