@@ -20,8 +20,8 @@ from megatron_ext.checkpoint.read import Place, Weights
 from megatron_ext.checkpoint.state import MODEL
 
 # Every weight is stored in pieces of whole rows, none larger than this: what is held while writing, and later by a
-# reader of a few rows, stays small.
-_PIECE_BYTES = 64 << 20
+# reader of a few rows, stays small. Above 32 MiB glibc returns memory to the system as soon as it is freed: mallopt(3).
+_PIECE_BYTES = 40 << 20
 _FILE = "__0_0.distcp"
 
 
@@ -44,7 +44,7 @@ def write_weights(folder: Path, weights: Weights, place: Callable[[str], Place] 
 
 
 def row_pieces(weights: Weights, name: str) -> Iterator[tuple[int, int]]:
-    """First and one-past-last row of consecutive pieces of a weight, none larger than 64 MiB or a row."""
+    """First and one-past-last row of consecutive pieces of a weight, none larger than 40 MiB or a row."""
     shape = weights.shapes[name]
     rows = max(1, _PIECE_BYTES // (math.prod(shape[1:]) * weights.dtypes[name].itemsize))
     for start in range(0, shape[0], rows):
@@ -88,7 +88,9 @@ class _PieceWriter(HashingWriter):
                 tensor = planner.resolve_data(item)
                 assert isinstance(tensor, torch.Tensor)
                 offset = file.tell()
-                torch.save(tensor.clone(memory_format=torch.contiguous_format), file)  # a view would bring all it views
+                if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
+                    tensor = tensor.clone(memory_format=torch.contiguous_format)  # a view would bring all it views
+                torch.save(tensor, file)
                 length = file.tell() - offset
                 results.append(WriteResult(item.index, length, _StorageInfo(_FILE, offset, length)))
         future: Future[list[WriteResult]] = Future()

@@ -16,7 +16,6 @@ from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.names import EMBEDDING, HEAD
 from tools.conversion.families import FAMILIES, Family, family_for, family_of
-from tools.conversion.pieces import KeptPieces
 from tools.conversion.rows import Binding, bind, theirs_shapes, to_ours, to_theirs
 from tools.conversion.safetensors_file import INDEX, SINGLE, open_folder, write_safetensors
 from tools.conversion.source import CONFIG, GENERATION, Source, bytes_of, check_shapes
@@ -39,7 +38,7 @@ def open_hf(folder: Path) -> Source:
         raise RequestError(f"--input {folder}: {error}") from error
     stored = open_tensors(folder)
     bindings = _locate(bind(family.rules, model), stored, family, model, f"--input {folder}")
-    weights = to_ours(KeptPieces(stored), bindings, model)
+    weights = to_ours(stored, bindings, model)
     return Source(model, weights, tokenizer=folder, origin="hugging face", hugging_face=files)
 
 
@@ -94,7 +93,7 @@ def write_hf(source: Source, folder: Path, shard_bytes: int, model_type: str | N
     model_type: of FAMILIES; by default the one that the model came from, else the first that has words for it.
     """
     family, files = describe(source, model_type)
-    weights = to_theirs(KeptPieces(source.weights), bind(family.rules, source.model))
+    weights = to_theirs(source.weights, bind(family.rules, source.model))
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sizes = {name: bytes_of(weights, name) for name in weights.shapes}

@@ -78,7 +78,7 @@ def write_megatron(source: Source, folder: Path) -> None:
     common = {"args": to_args(model), "checkpoint_version": 3.0, "iteration": 0}
     release = folder / _RELEASE
     release.mkdir()
-    theirs = to_theirs(KeptPieces(source.weights), bind(list(_rules(model, gate_apart=False)), model))
+    theirs = to_theirs(source.weights, bind(list(_rules(model, gate_apart=False)), model))
     write_weights(release, theirs, _stacked(model.num_layers))
     torch.save(common, release / _COMMON)
     (release / _FORMAT).write_text(

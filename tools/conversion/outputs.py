@@ -1,9 +1,11 @@
-"""What a model makes of one fixed prompt, step by step, and what every way of computing it needs."""
+"""What a model makes of one fixed prompt, step by step."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-
-from megatron_ext.checkpoint.read import Weights
-from megatron_ext.checkpoint.write import row_pieces
+from torch import nn
+from tqdm import tqdm
 
 # By name, in the order of computation, all float32: EMBEDDING (what the first layer reads, [1, s, h]), `layer(0)` and
 # on (what each gives, [1, s, h]), LOGITS [1, s, V].
@@ -32,9 +34,26 @@ def prompt(vocab_size: int, longest: int) -> torch.Tensor:
     return torch.tensor([[0, vocab_size - 1, *between][:longest]])
 
 
-def read_float32(weights: Weights, name: str) -> torch.Tensor:
-    """A whole weight, beside it a piece at a time of it as it is stored."""
-    whole = torch.empty(weights.shapes[name])
-    for start, stop in row_pieces(weights, name):
-        whole[start:stop] = weights.read_rows(name, start, stop)
-    return whole
+@torch.no_grad()
+def record(layers: Iterable[nn.Module], run: Callable[[], torch.Tensor], title: str) -> Outputs:
+    """Run a model and keep what its decoder layers read and give. run: gives the logits."""
+    outputs: Outputs = {}
+    modules = list(layers)
+    with tqdm(total=len(modules), desc=title, unit="layer") as bar:
+        for number, module in enumerate(modules):
+            _keep(module, number, outputs, bar)
+        outputs[LOGITS] = run()
+    return outputs
+
+
+def _keep(module: nn.Module, number: int, outputs: Outputs, bar: tqdm) -> None:
+    def keep_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        outputs[EMBEDDING] = args[0] if args else kwargs["hidden_states"]
+
+    def keep_output(_: nn.Module, args: Any, output: Any) -> None:
+        outputs[layer(number)] = output[0] if isinstance(output, tuple) else output
+        bar.update()
+
+    if number == 0:
+        module.register_forward_pre_hook(keep_input, with_kwargs=True)
+    module.register_forward_hook(keep_output)

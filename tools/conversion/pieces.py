@@ -11,7 +11,7 @@ _KEPT = 4  # a fused query, key and value matrix is made of three weights
 
 
 class KeptPieces:
-    """`Weights` that are read a piece of at most 64 MiB (or a row) at a time; the last four are kept.
+    """`Weights` of which a piece (`row_pieces`) is read whole where a part of it is asked for; the last four are kept.
 
     A matrix whose rows alternate between others' is made of many short ranges. Without this, every one of them costs
     the reading of a whole stored piece.
@@ -23,6 +23,8 @@ class KeptPieces:
         self._piece = functools.lru_cache(maxsize=_KEPT)(weights.read_rows)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if (start, stop) in row_pieces(self._weights, name):
+            return self._weights.read_rows(name, start, stop)
         parts = [
             self._piece(name, low, high)[max(start - low, 0) : stop - low]
             for low, high in row_pieces(self._weights, name)

@@ -1,4 +1,4 @@
-"""transformers' own implementation of a model's folder, straight from disk, one module of it in memory at a time.
+"""transformers' own implementation of a model's folder, straight from disk.
 
 Nobody here wrote it: a mistake in our mapping cannot cancel itself out in it.
 """
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from tqdm import tqdm
 
 from megatron_ext.checkpoint.read import Weights
 from megatron_ext.errors import RequestError
-from tools.conversion.outputs import EMBEDDING, LOGITS, Outputs, layer, read_float32
+from tools.conversion.outputs import Outputs, record
 from tools.conversion.source import CONFIG
+from tools.conversion.stored_weight import StoredWeight
 
 _OLDEST = 5  # major version
 
@@ -27,11 +27,10 @@ class NotRunnable(Exception):
     """Nothing is known to be wrong, but this model cannot be run here; the text says why, and what would do."""
 
 
-@torch.no_grad()
 def run_transformers(folder: Path, tensors: Weights, ids: torch.Tensor) -> Outputs:
     """What the model that `folder`'s config.json describes makes of ids [1, s], computed in float32.
 
-    Memory: the largest tensor in float32.
+    Memory: a piece of a tensor, or (where a module does more with it than a product) the tensor.
 
     Args:
         tensors: the folder's, by the names in its files.
@@ -42,18 +41,15 @@ def run_transformers(folder: Path, tensors: Weights, ids: torch.Tensor) -> Outpu
     """
     model = _without_values(folder)
     for module, names in _stored_names(folder, model, tensors).items():
-        _read_when_used(module, names, tensors)
+        for own, stored in names.items():
+            module._parameters[own] = StoredWeight(tensors, stored)  # type: ignore[assignment]
     layers = next(
         module
         for module in model.modules()
         if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
     )
-    outputs: Outputs = {}
-    with tqdm(total=len(layers), desc="running transformers' model", unit="layer") as bar:
-        for number, module in enumerate(layers):
-            _keep(module, number, outputs, bar)
-        outputs[LOGITS] = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    return outputs
+    options = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+    return record(layers, lambda: model(input_ids=ids, **options).logits, "running transformers' model")
 
 
 def _without_values(folder: Path) -> Any:
@@ -115,32 +111,3 @@ def _stored_names(folder: Path, model: Any, tensors: Weights) -> dict[nn.Module,
                 raise RequestError(f"{folder}: {stored} is {tuple(tensors.shapes[stored])}, transformers' {wanted}")
             found[module][own] = stored
     return found
-
-
-def _read_when_used(module: nn.Module, names: dict[str, str], tensors: Weights) -> None:
-    empty = dict(module._parameters)
-
-    def read(*_: Any) -> None:
-        for own, stored in names.items():
-            module._parameters[own] = nn.Parameter(read_float32(tensors, stored), requires_grad=False)
-
-    def give_back(*_: Any) -> None:
-        module._parameters.update(empty)
-
-    module.register_forward_pre_hook(read)
-    module.register_forward_hook(give_back)
-
-
-def _keep(module: nn.Module, number: int, outputs: Outputs, bar: tqdm) -> None:
-    """Have what a decoder layer gives, and what the first one reads, put among the outputs."""
-
-    def keep_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        outputs[EMBEDDING] = args[0] if args else kwargs["hidden_states"]
-
-    def keep_output(_: nn.Module, args: Any, output: Any) -> None:
-        outputs[layer(number)] = output[0] if isinstance(output, tuple) else output
-        bar.update()
-
-    if number == 0:
-        module.register_forward_pre_hook(keep_input, with_kwargs=True)
-    module.register_forward_hook(keep_output)
