@@ -30,7 +30,7 @@ from tqdm import tqdm
 from benchmarks.peak import Usage, measure
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, parameter_shapes
-from tools.conversion.hf_folder import write_hf
+from tools.conversion.formats.hf_folder import write_hf
 from tools.conversion.source import Source, WatchedWeights
 
 # hidden, feed-forward, heads, key/value heads, vocabulary: of Llama 3 8B, of Llama 3.2 1B, and small ones

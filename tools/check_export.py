@@ -16,7 +16,7 @@ import torch
 from megatron_ext.errors import RequestError
 from megatron_ext.models.decoder import Decoder, whole_model
 from tools.command import Parser, run
-from tools.conversion.native import open_native
+from tools.conversion.formats.native import open_native
 
 _TOLERANCE = 1e-4
 

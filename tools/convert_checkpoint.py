@@ -24,31 +24,35 @@ Exit codes: 0 done, 1 the check failed (nothing is left behind), 2 the request i
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
+from megatron_ext.checkpoint.read import Weights
 from megatron_ext.errors import RequestError
 from megatron_ext.models.expand import METHODS
 from tools.command import Parser, run
-from tools.conversion import tokenizer_files
+from tools.conversion.changes.cast import CastWeights
+from tools.conversion.changes.resize import Resized, resize, write_report
 from tools.conversion.families import FAMILIES
-from tools.conversion.hf_folder import open_hf, write_hf
-from tools.conversion.megatron_core import open_megatron, write_megatron
-from tools.conversion.meta import open_meta
-from tools.conversion.native import open_native, write_native
-from tools.conversion.peft_folder import open_adapters, write_peft
-from tools.conversion.proof import Form, NotEqual, prove
-from tools.conversion.resize import Resized, resize, write_report
-from tools.conversion.source import CastWeights, Source, WatchedWeights, bytes_of
+from tools.conversion.formats import tokenizer_files
+from tools.conversion.formats.hf_folder import open_hf, write_hf
+from tools.conversion.formats.megatron_core import open_megatron, write_megatron
+from tools.conversion.formats.meta import open_meta
+from tools.conversion.formats.native import open_native, write_native
+from tools.conversion.formats.peft_folder import ADAPTER_WEIGHTS, open_adapters, write_peft
+from tools.conversion.formats.safetensors_file import SafetensorsFiles
+from tools.conversion.proof.prove import Form, NotEqual, prove, prove_weights
+from tools.conversion.source import Source, WatchedWeights, bytes_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHARD_GB = 5.0
@@ -100,8 +104,16 @@ def work(options: argparse.Namespace) -> int:
         raise RequestError(f"--output {output} exists already: remove it or choose another name")
     if not output.resolve().parent.is_dir():
         raise RequestError(f"--output {output}: {output.resolve().parent} is not a directory")
-    if options.target == "peft":
-        return _export_adapters(options, output)
+    try:
+        (_export_adapters if options.target == "peft" else _convert)(options, output)
+    except NotEqual as error:
+        print(f"error: the result is not the source, and was removed: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {output}")
+    return 0
+
+
+def _convert(options: argparse.Namespace, output: Path) -> None:
     original = _open(options)
     _check_changes(options, original)
     dtype = None if options.dtype is None else _DTYPES[options.dtype]
@@ -115,21 +127,26 @@ def work(options: argparse.Namespace) -> int:
         tokenizer = Path(options.tokenizer)
         ids = tokenizer_files.token_ids(tokenizer_files.read(tokenizer, source))
         source = source.with_tokenizer(tokenizer, ids)
-    _check_room(output, sum(bytes_of(source.weights, name) for name in source.weights.shapes))
-    try:
-        with _appearing(output) as folder:
-            _write(source, folder, options)
-            if resized is not None:
-                write_report(resized.report(), folder)
-            if not options.no_verify:
-                before = Form(original, Path(options.input) if options.source == "hf" else None)
-                after = Form(_OPEN[options.target](folder), folder if options.target == "hf" else None)
-                print(prove(before, dtype, source, after))
-    except NotEqual as error:
-        print(f"error: the result is not the source, and was removed: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {output}")
-    return 0
+    _check_room(output, source.weights)
+    with _appearing(output) as folder:
+        _write(source, folder, options)
+        if resized is not None:
+            write_report(resized.report(), folder)
+        if not options.no_verify:
+            before = Form(original, Path(options.input) if options.source == "hf" else None)
+            after = Form(_OPEN[options.target](folder), folder if options.target == "hf" else None)
+            print(prove(before, dtype, source, after))
+
+
+def _export_adapters(options: argparse.Namespace, output: Path) -> None:
+    adapters = open_adapters(Path(options.input), options.base_model)
+    _check_room(output, adapters.weights)
+    with _appearing(output) as folder:
+        watched = WatchedWeights(adapters.weights)
+        with watched.bar, _writing(output):
+            write_peft(dataclasses.replace(adapters, weights=watched), folder)
+        if not options.no_verify:
+            print(prove_weights(adapters.weights, SafetensorsFiles(folder, [ADAPTER_WEIGHTS])))
 
 
 _OPEN: dict[str, Callable[[Path], Source]] = {"native": open_native, "hf": open_hf, "megatron-core": open_megatron}
@@ -188,7 +205,8 @@ def _check_changes(options: argparse.Namespace, source: Source) -> None:
         raise RequestError(f"{way}: nothing to convert without {flags}")
 
 
-def _check_room(output: Path, size: int) -> None:
+def _check_room(output: Path, weights: Weights) -> None:
+    size = sum(bytes_of(weights, name) for name in weights.shapes)
     free = shutil.disk_usage(output.resolve().parent).free
     if size > free:
         needed, there = (tqdm.format_sizeof(value, "B") for value in (size, free))
@@ -210,36 +228,25 @@ def _resize(source: Source, options: argparse.Namespace) -> Resized:
 def _write(source: Source, folder: Path, options: argparse.Namespace) -> None:
     watched = WatchedWeights(source.weights)
     source = dataclasses.replace(source, weights=watched)
+    with watched.bar, _writing(options.output):
+        if options.target == "native":
+            write_native(source, folder)
+        elif options.target == "megatron-core":
+            write_megatron(source, folder)
+        else:
+            write_hf(source, folder, int((options.max_shard_gb or _SHARD_GB) * 1e9), options.model_type)
+            if source.tokenizer is not None:
+                tokenizer_files.copy(source.tokenizer, folder)
+
+
+@contextlib.contextmanager
+def _writing(output: str | Path) -> Iterator[None]:
+    """Within, what goes wrong with files went wrong with the result. (Sources raise RequestErrors of their own.)"""
     try:
-        with watched.bar:
-            if options.target == "native":
-                write_native(source, folder)
-            elif options.target == "megatron-core":
-                write_megatron(source, folder)
-            else:
-                write_hf(source, folder, int((options.max_shard_gb or _SHARD_GB) * 1e9), options.model_type)
-        if options.target == "hf" and source.tokenizer is not None:
-            tokenizer_files.copy(source.tokenizer, folder)
+        yield
     except (OSError, CheckpointException) as error:
-        raise _cannot_write(options.output, error) from error
-
-
-def _export_adapters(options: argparse.Namespace, output: Path) -> int:
-    adapters = open_adapters(Path(options.input), options.base_model)
-    weights = adapters.weights
-    _check_room(output, sum(bytes_of(weights, name) for name in weights.shapes))
-    with _appearing(output) as folder:
-        try:
-            write_peft(adapters, folder)
-        except OSError as error:
-            raise _cannot_write(options.output, error) from error
-    print(f"wrote {output}")
-    return 0
-
-
-def _cannot_write(output: str | Path, error: BaseException) -> RequestError:
-    reason = str(error).strip().splitlines()[-1]
-    return RequestError(f"--output {output}: cannot be written ({reason})")
+        reason = str(error).strip().splitlines()[-1]
+        raise RequestError(f"--output {output}: cannot be written ({reason})") from error
 
 
 class _appearing:
@@ -250,10 +257,8 @@ class _appearing:
 
     def __enter__(self) -> Path:
         shutil.rmtree(self._partial, ignore_errors=True)  # of a killed run
-        try:
+        with _writing(self._final):
             self._partial.mkdir()
-        except OSError as error:
-            raise _cannot_write(self._final, error) from error
         return self._partial
 
     def __exit__(self, kind: object, *_: object) -> None:

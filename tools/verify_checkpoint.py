@@ -30,9 +30,8 @@ from megatron_ext.models.names import is_adapter
 from megatron_ext.tensor_parallel import LoraConfig
 from tools.command import Parser, run
 from tools.conversion.families import family_of
-from tools.conversion.hf_folder import CONFIG, open_hf, open_tensors
-from tools.conversion.safetensors_file import INDEX, SafetensorsFiles
-from tools.conversion.torch_files import TorchFiles
+from tools.conversion.formats.hf_folder import CONFIG, open_hf, open_tensors
+from tools.conversion.formats.safetensors_file import INDEX, SafetensorsFiles
 
 # a model continued from a preset may have others of these
 _FREE_FIELDS = frozenset({"init_method_std", "max_position_embeddings"})
@@ -193,7 +192,6 @@ def _verify_hugging_face(folder: Path, digests: bool) -> Report:
     except RequestError as error:
         report.problems = _broken_shards(folder) or [_reason(error, "--input", folder)]
         return report
-    assert isinstance(stored, SafetensorsFiles | TorchFiles)
     files = sorted(set(stored.files.values()))
     report.add_files(folder, files)
     with _bar(folder, report.facts["bytes"] if digests else 0) as bar:

@@ -20,10 +20,11 @@ from megatron_ext.zero import ZeroConfig
 from tests.distributed import Pool
 from tests.families import MODELS, save_model
 from tests.megatron_ext.training import share
+from tests.weights import InMemory
 from tools.check_export import load_native
 from tools.conversion.families import family_of
-from tools.conversion.hf_folder import open_hf
-from tools.conversion.native import write_native
+from tools.conversion.formats.hf_folder import open_hf
+from tools.conversion.formats.native import write_native
 from tools.conversion.rows import bind, to_ours
 
 LENGTH, ROWS = 24, 8
@@ -66,20 +67,6 @@ def steps(jobs: list[tuple[ModelConfig, Path]], layout: dict[str, Any]) -> list[
 
 
 @dataclasses.dataclass
-class Dictionary:
-    """Tensors in memory as `Weights`."""
-
-    tensors: dict[str, torch.Tensor]
-
-    def __post_init__(self) -> None:
-        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in self.tensors.items()}
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self.tensors[name][start:stop]
-
-
-@dataclasses.dataclass
 class Expected:
     """What transformers says of a model, under our names."""
 
@@ -99,7 +86,7 @@ def expect(name: str, folder: Path) -> Expected:
     loss = F.cross_entropy(theirs(text["tokens"]).logits.flatten(0, 1), text["labels"].flatten())
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), torch.inf)
-    gradients = Dictionary({key: p.grad for key, p in theirs.named_parameters()})
+    gradients = InMemory({key: p.grad for key, p in theirs.named_parameters()})
     bindings = bind(family_of(theirs.config.to_dict()).rules, source.model)
     checkpoint = find_checkpoint(folder / "native")
     return Expected(source.model, checkpoint, loss.item(), norm, to_ours(gradients, bindings, source.model))

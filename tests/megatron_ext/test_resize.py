@@ -24,6 +24,7 @@ from megatron_ext.models.expand import METHODS, Expansion, NewRows, Parts
 from tests.distributed import Pool
 from tests.megatron_ext.layouts import Layout, layout
 from tests.megatron_ext.training import tiny, whole_parameters
+from tests.weights import InMemory
 
 OLD, ADDED, WIDTH = 5000, 1500, 48
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -200,25 +201,13 @@ def larger(method: str) -> Expansion:
 
 def save(folder: Path, config: EngineConfig) -> None:
     source = engine(config)
-    weights = Tensors(whole_parameters(source))
+    weights = InMemory(whole_parameters(source))
     partial = partial_path(folder, 0)
     partial.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(megatron_ext.checkpoint.write, "_PIECE_BYTES", 5000)
         write_weights(partial, weights)
     publish(folder, Manifest(0, 0, 0, dataclasses.asdict(config.model), {}, has_optimizer=False))
-
-
-class Tensors:
-    """`Weights` that are in memory."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        self._tensors = tensors
-        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._tensors[name][start:stop]
 
 
 def load(folder: Path, config: EngineConfig, expansion: Expansion) -> dict[str, torch.Tensor]:
@@ -285,9 +274,9 @@ def test_random_rows_are_those_of_a_model_that_starts_at_this_size(pool: Pool, s
 def test_windows_of_a_stored_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"a": torch.randn(50, 7), "b": torch.randn(9, dtype=torch.float64), "c": torch.randn(3, 4).bfloat16()}
     monkeypatch.setattr(megatron_ext.checkpoint.write, "_PIECE_BYTES", 100)
-    write_weights(tmp_path, Tensors(tensors))
+    write_weights(tmp_path, InMemory(tensors))
     reader = WeightReader(tmp_path)
-    assert (reader.shapes, reader.dtypes) == (Tensors(tensors).shapes, Tensors(tensors).dtypes)
+    assert (reader.shapes, reader.dtypes) == (InMemory(tensors).shapes, InMemory(tensors).dtypes)
     for name, tensor in tensors.items():
         for start in range(0, len(tensor), 4):
             for stop in {start, start + 1, start + 3, len(tensor)}:

@@ -15,7 +15,7 @@ from megatron_ext.checkpoint import find_checkpoint, read_manifest, write
 from megatron_ext.checkpoint.read import WeightReader
 from tools import check_export, convert_checkpoint
 from tools.command import run
-from tools.conversion import hf_folder
+from tools.conversion.formats import hf_folder
 
 transformers = pytest.importorskip("transformers")
 

@@ -20,8 +20,8 @@ from tests.families import MODELS, make_model, save_model, transformers
 from tools import convert_checkpoint
 from tools.command import run
 from tools.conversion.families import FAMILIES, family_for
-from tools.conversion.hf_folder import open_hf
-from tools.conversion.native import open_native, write_native
+from tools.conversion.formats.hf_folder import open_hf
+from tools.conversion.formats.native import open_native, write_native
 from tools.conversion.rows import Rule
 
 

@@ -18,8 +18,9 @@ from megatron_ext.models import ModelConfig, parameter_shapes
 from megatron_ext.models.decoder import whole_model
 from tests.distributed import Pool
 from tests.tools.megatron_gpt import OnCpu, expected, load, save, without_gpu
-from tools.conversion.megatron_args import from_args, to_args
-from tools.conversion.megatron_core import open_megatron, write_megatron
+from tests.weights import InMemory
+from tools.conversion.formats.megatron_args import from_args, to_args
+from tools.conversion.formats.megatron_core import open_megatron, write_megatron
 from tools.conversion.pieces import KeptPieces
 from tools.conversion.source import Source
 
@@ -55,21 +56,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 IDS = (torch.arange(2 * 40).view(2, 40) * 7) % 997
 
 
-class Tensors:
-    """`Weights` that are in memory, and remember the largest request."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        self.tensors = tensors
-        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-        self.largest = self.total = 0
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        rows = self.tensors[name][start:stop]
-        self.largest, self.total = max(self.largest, rows.nbytes), self.total + rows.nbytes
-        return rows
-
-
 def model_of(variant: str) -> ModelConfig:
     return dataclasses.replace(BASE, **VARIANTS[variant])
 
@@ -81,7 +67,7 @@ def source_of(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Source:
         name: (torch.randn(shape) * 0.2 + ("norm" in name and name.endswith("weight"))).to(dtype)
         for name, shape in parameter_shapes(model).items()
     }
-    return Source(model, Tensors(tensors), tokenizer=None, origin="test")
+    return Source(model, InMemory(tensors), tokenizer=None, origin="test")
 
 
 def read_all(source: Source) -> dict[str, torch.Tensor]:
@@ -211,18 +197,18 @@ def test_a_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "ours").mkdir()
     write_megatron(source, tmp_path / "ours")
     asked = source.weights
-    assert isinstance(asked, Tensors)
+    assert isinstance(asked, InMemory)
     assert asked.largest <= 512
     assert asked.total == sum(tensor.nbytes for tensor in asked.tensors.values())
 
-    back = Tensors(read_all(open_megatron(tmp_path / "ours")))
+    back = InMemory(read_all(open_megatron(tmp_path / "ours")))
     assert set(back.dtypes.values()) == {torch.bfloat16}
     assert all(torch.equal(tensor, asked.tensors[name]) for name, tensor in back.tensors.items())
 
 
 def test_kept_pieces_give_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write, "_PIECE_BYTES", 3 * 4 * 4)
-    weights = Tensors({"a": torch.randn(10, 4), "b": torch.randn(7)})
+    weights = InMemory({"a": torch.randn(10, 4), "b": torch.randn(7)})
     kept = KeptPieces(weights)
     for name, tensor in weights.tensors.items():
         for start in range(len(tensor) + 1):

@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_ext.errors import RequestError
 from megatron_ext.models import preset
-from tools.conversion.hf_folder import write_hf
-from tools.conversion.meta import open_meta
-from tools.conversion.native import open_native, write_native
+from tools.conversion.formats.hf_folder import write_hf
+from tools.conversion.formats.meta import open_meta
+from tools.conversion.formats.native import open_native, write_native
 from tools.conversion.source import Source
 
 Tensors = dict[str, torch.Tensor]

@@ -16,6 +16,7 @@ from megatron_ext.models.decoder import whole_model
 from megatron_ext.models.names import EMBEDDING, HEAD
 from megatron_ext.tensor_parallel import LoraConfig, add_adapters
 from tests.megatron_ext.training import tiny
+from tests.weights import InMemory
 from tools import convert_checkpoint
 from tools.command import run
 from tools.conversion.families import FAMILIES
@@ -51,24 +52,10 @@ def convert(*arguments: object) -> int:
     return run(convert_checkpoint.build_parser(), convert_checkpoint.work, [str(word) for word in arguments])
 
 
-@dataclasses.dataclass
-class TensorWeights:
-    """`Weights` that are tensors in memory."""
-
-    tensors: dict[str, torch.Tensor]
-
-    def __post_init__(self) -> None:
-        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in self.tensors.items()}
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self.tensors[name][start:stop]
-
-
 def save(root: Path, model: ModelConfig, tensors: dict[str, torch.Tensor], lora: LoraConfig | None) -> Path:
     described = None if lora is None else dataclasses.asdict(lora)
     partial_path(root, 0).mkdir(parents=True)
-    write_weights(partial_path(root, 0), TensorWeights(tensors))
+    write_weights(partial_path(root, 0), InMemory(tensors))
     publish(root, Manifest(0, 0, 0, dataclasses.asdict(model), {}, has_optimizer=False, lora=described))
     return root
 

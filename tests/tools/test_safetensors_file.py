@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ext.checkpoint import write
 from megatron_ext.errors import RequestError
-from tools.conversion.safetensors_file import INDEX, SINGLE, SafetensorsFiles, open_folder, write_safetensors
+from tools.conversion.formats.safetensors_file import INDEX, SINGLE, SafetensorsFiles, write_safetensors
 
 TENSORS = {
     "a": torch.randn(7, 5).bfloat16(),
@@ -22,14 +22,14 @@ TENSORS = {
 
 def refusal(folder: Path, *files: str) -> str:
     with pytest.raises(RequestError) as error:
-        SafetensorsFiles(folder, list(files)) if files else open_folder(folder)
+        SafetensorsFiles(folder, list(files)) if files else SafetensorsFiles.open_folder(folder)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_reads_any_rows_of_what_the_library_writes(tmp_path: Path) -> None:
     save_file(TENSORS | {"scalar": torch.tensor(1.0)}, tmp_path / SINGLE)
-    weights = open_folder(tmp_path)
+    weights = SafetensorsFiles.open_folder(tmp_path)
     for name, tensor in TENSORS.items():
         assert (weights.shapes[name], weights.dtypes[name]) == (tensor.shape, tensor.dtype)
         for start, stop in ((0, len(tensor)), (1, 3), (2, 2)):
@@ -39,7 +39,7 @@ def test_reads_any_rows_of_what_the_library_writes(tmp_path: Path) -> None:
 def test_the_library_reads_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write, "_PIECE_BYTES", 16)  # pieces of a few rows, the last one shorter
     save_file(TENSORS, tmp_path / SINGLE)
-    write_safetensors(tmp_path / "copy.safetensors", open_folder(tmp_path), ["e", "d", "a", "b"])
+    write_safetensors(tmp_path / "copy.safetensors", SafetensorsFiles.open_folder(tmp_path), ["e", "d", "a", "b"])
     copy = load_file(tmp_path / "copy.safetensors")
     assert copy.keys() == {"a", "b", "d", "e"}
     for name, tensor in copy.items():

@@ -17,12 +17,13 @@ from megatron_ext.models import ModelConfig, parameter_shapes
 from megatron_ext.models.decoder import whole_model
 from tests.families import MODELS, save_model
 from tests.megatron_ext.hugging_face import llama_like
-from tools.conversion.hf_folder import open_hf, open_tensors
-from tools.conversion.outputs import EMBEDDING, LOGITS, Outputs, prompt
-from tools.conversion.run_ours import run_ours
-from tools.conversion.run_transformers import NotRunnable, run_transformers
-from tools.conversion.self_check import TOLERANCE, compare, difference_of_weights
-from tools.conversion.source import CastWeights
+from tests.weights import InMemory
+from tools.conversion.changes.cast import CastWeights
+from tools.conversion.formats.hf_folder import open_hf, open_tensors
+from tools.conversion.proof.outputs import EMBEDDING, LOGITS, Outputs, prompt
+from tools.conversion.proof.run_ours import run_ours
+from tools.conversion.proof.run_transformers import NotRunnable, run_transformers
+from tools.conversion.proof.self_check import TOLERANCE, compare, difference_of_weights
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,18 +38,6 @@ MODEL = ModelConfig(
 )
 IDS = prompt(997, 256)
 Tensors = dict[str, torch.Tensor]
-
-
-class InMemory:
-    """`Weights` of a dictionary."""
-
-    def __init__(self, tensors: Tensors):
-        self._tensors = tensors
-        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._tensors[name][start:stop]
 
 
 def random_weights(model: ModelConfig) -> Tensors:
@@ -296,10 +285,10 @@ import sys
 from pathlib import Path
 from megatron_ext.checkpoint.read import WeightReader
 from tests.tools.test_self_check import deep
-from tools.conversion.outputs import prompt
-from tools.conversion.run_ours import run_ours
-from tools.conversion.run_transformers import run_transformers
-from tools.conversion.hf_folder import open_tensors
+from tools.conversion.proof.outputs import prompt
+from tools.conversion.proof.run_ours import run_ours
+from tools.conversion.proof.run_transformers import run_transformers
+from tools.conversion.formats.hf_folder import open_tensors
 
 def run(layers):
     folder = Path(sys.argv[1], str(layers))

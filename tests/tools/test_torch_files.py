@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_ext.errors import RequestError
-from tools.conversion.torch_files import TorchFiles, open_bin_folder
+from tools.conversion.formats.torch_files import TorchFiles
 
 FILE = "pytorch_model.bin"
 
@@ -68,11 +68,11 @@ def test_folder_of_transformers(tmp_path: Path) -> None:
     for folder in (whole, sharded):
         model.config.save_pretrained(folder)
         theirs = transformers.LlamaForCausalLM.from_pretrained(folder, use_safetensors=False).state_dict()
-        ours = open_bin_folder(folder)
+        ours = TorchFiles.open_folder(folder)
         assert ours.shapes.keys() == theirs.keys()
         for name, tensor in theirs.items():
             assert torch.equal(ours.read_rows(name, 0, len(tensor)), tensor)
-    assert set(open_bin_folder(sharded).files.values()) == {
+    assert set(TorchFiles.open_folder(sharded).files.values()) == {
         "pytorch_model-00001-of-00002.bin",
         "pytorch_model-00002-of-00002.bin",
     }
@@ -124,7 +124,7 @@ def test_other_files_are_refused(tmp_path: Path, case: str) -> None:
     make, reason = BROKEN[case]
     make(tmp_path / FILE)
     with pytest.raises(RequestError) as refusal:
-        open_bin_folder(tmp_path)
+        TorchFiles.open_folder(tmp_path)
     message = str(refusal.value)
     assert message.startswith(f"--input {tmp_path}: ")
     assert FILE in message
@@ -174,7 +174,7 @@ def test_wrong_indexes_are_refused(tmp_path: Path, case: str) -> None:
     spoil, reason = INDEXES[case]
     spoil(folder)
     with pytest.raises(RequestError) as refusal:
-        open_bin_folder(folder)
+        TorchFiles.open_folder(folder)
     assert str(refusal.value).startswith(f"--input {folder}: ")
     assert reason in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -184,7 +184,7 @@ READ_ALL = """
 import sys
 from pathlib import Path
 from megatron_ext.checkpoint.write import row_pieces
-from tools.conversion.torch_files import TorchFiles
+from tools.conversion.formats.torch_files import TorchFiles
 
 def mebibytes(field):
     # getrusage's peak would be the parent's, where that is higher

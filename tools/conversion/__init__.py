@@ -1,1 +1,1 @@
-"""From a source (a native checkpoint, a Hugging Face folder) through wrappers of its weights into a sink (either)."""
+"""From one form on disk to another (formats/, families/), what changes on the way, and the proof of it."""

@@ -85,17 +85,6 @@ def _with_ids(content: dict[str, Any], token_ids: dict[str, int | None]) -> dict
     return content
 
 
-class CastWeights:
-    """`Weights` in another dtype."""
-
-    def __init__(self, weights: Weights, dtype: torch.dtype):
-        self._weights = weights
-        self.shapes, self.dtypes = weights.shapes, dict.fromkeys(weights.dtypes, dtype)
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._weights.read_rows(name, start, stop).to(self.dtypes[name])
-
-
 class WatchedWeights:
     """`Weights` that move a bar of bytes as they are read."""
 

@@ -6,8 +6,8 @@ from megatron_ext.checkpoint.read import Weights
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.decoder import whole_model
 from megatron_ext.models.names import EMBEDDING, HEAD
-from tools.conversion.outputs import Outputs, record
-from tools.conversion.stored_weight import StoredWeight
+from tools.conversion.proof.outputs import Outputs, record
+from tools.conversion.proof.stored_weight import StoredWeight
 
 
 def run_ours(model: ModelConfig, weights: Weights, ids: torch.Tensor) -> Outputs:

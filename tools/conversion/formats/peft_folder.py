@@ -21,9 +21,9 @@ from megatron_ext.models.names import EMBEDDING, HEAD
 from megatron_ext.optim import TrainableConfig
 from megatron_ext.tensor_parallel import LoraConfig
 from tools.conversion.families import Family, family_of
-from tools.conversion.hf_folder import describe
+from tools.conversion.formats.hf_folder import describe
+from tools.conversion.formats.safetensors_file import write_safetensors
 from tools.conversion.rows import bind
-from tools.conversion.safetensors_file import write_safetensors
 from tools.conversion.source import CONFIG, Source
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -58,7 +58,7 @@ def open_adapters(folder: Path, base_model: str | None) -> Adapters:
     if manifest.lora is None:
         raise RequestError(f"--input {checkpoint}: there are no LoRA adapters in it; --to hf exports the whole model")
     model, lora = ModelConfig(**manifest.model), LoraConfig(**manifest.lora)
-    stored = WeightReader(checkpoint)
+    stored = WeightReader(checkpoint, check_values=True)
     for name, shape in parameter_shapes(model, lora).items():
         if stored.shapes.get(name) != shape:
             found = _shape(stored.shapes, name)

@@ -9,7 +9,7 @@ from megatron_ext.checkpoint.read import WeightReader, Weights
 from megatron_ext.checkpoint.write import write_weights
 from megatron_ext.models import ModelConfig
 from megatron_ext.tensor_parallel import LoraConfig
-from tools.conversion.lora import MergedWeights
+from tools.conversion.changes.lora import MergedWeights
 from tools.conversion.pieces import KeptPieces
 from tools.conversion.source import Source
 

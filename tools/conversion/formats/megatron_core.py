@@ -26,7 +26,7 @@ from megatron_ext.checkpoint.write import write_weights
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.names import EMBEDDING, HEAD, POSITIONS
-from tools.conversion.megatron_args import from_args, to_args
+from tools.conversion.formats.megatron_args import from_args, to_args
 from tools.conversion.pieces import KeptPieces
 from tools.conversion.rows import Rule, bind, key_value_heads, theirs_shapes, to_ours, to_theirs
 from tools.conversion.source import Source, check_shapes

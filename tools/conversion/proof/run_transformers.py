@@ -16,9 +16,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megatron_ext.checkpoint.read import Weights
 from megatron_ext.errors import RequestError
-from tools.conversion.outputs import Outputs, record
+from tools.conversion.proof.outputs import Outputs, record
+from tools.conversion.proof.stored_weight import StoredWeight
 from tools.conversion.source import CONFIG
-from tools.conversion.stored_weight import StoredWeight
 
 _OLDEST = 5  # major version
 

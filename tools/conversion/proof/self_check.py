@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from megatron_ext.checkpoint.read import Weights
 from megatron_ext.checkpoint.write import row_pieces
-from tools.conversion.outputs import LOGITS, Outputs
+from tools.conversion.proof.outputs import LOGITS, Outputs
 from tools.conversion.source import bytes_of
 
 # Rounding alone made 1e-6 of a difference in 80 layers as they are initialised, and 1e-5 in 32 layers of ten times

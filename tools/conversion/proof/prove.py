@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 
-from tools.conversion.hf_folder import open_tensors
-from tools.conversion.outputs import Outputs, prompt
-from tools.conversion.run_ours import run_ours
-from tools.conversion.run_transformers import NotRunnable, run_transformers
-from tools.conversion.self_check import compare, difference_of_weights
-from tools.conversion.source import CastWeights, Source
+from megatron_ext.checkpoint.read import Weights
+from tools.conversion.changes.cast import CastWeights
+from tools.conversion.formats.hf_folder import open_tensors
+from tools.conversion.proof.outputs import Outputs, prompt
+from tools.conversion.proof.run_ours import run_ours
+from tools.conversion.proof.run_transformers import NotRunnable, run_transformers
+from tools.conversion.proof.self_check import compare, difference_of_weights
+from tools.conversion.source import Source
 
 
 class NotEqual(Exception):
@@ -37,17 +39,22 @@ def prove(before: Form, dtype: torch.dtype | None, sent: Source, after: Form) ->
         dtype: that the weights were rounded to on the way.
         sent: what was written: `before` after all that was to be changed.
     """
-    problem = difference_of_weights(sent.weights, after.source.weights)
-    if problem is not None:
-        raise NotEqual(f"read back, {problem}")
+    count = prove_weights(sent.weights, after.source.weights)
     model = before.source.model
     ids = prompt(model.vocab_size, model.max_position_embeddings)
     (one, reference), (other, result) = _run(before, dtype, ids), _run(after, None, ids)
     comparison = compare(reference, result, rows=model.vocab_size)
     if not comparison.passed:
         raise NotEqual(f"of {ids.shape[1]} tokens, source by {one}, result by {other}: {comparison}")
-    count = len(sent.weights.shapes)
-    return f"verified: {count} tensors read back, equal bit by bit; {comparison} (source by {one}, result by {other})"
+    return f"{count}; {comparison} (source by {one}, result by {other})"
+
+
+def prove_weights(sent: Weights, written: Weights) -> str:
+    """Say in words that what was written is what was sent, or raise NotEqual."""
+    problem = difference_of_weights(sent, written)
+    if problem is not None:
+        raise NotEqual(f"read back, {problem}")
+    return f"verified: {len(sent.shapes)} tensors read back, equal bit by bit"
 
 
 def _run(form: Form, dtype: torch.dtype | None, ids: torch.Tensor) -> tuple[str, Outputs]:

@@ -16,12 +16,11 @@ from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.names import EMBEDDING, HEAD
 from tools.conversion.families import FAMILIES, Family, family_for, family_of
+from tools.conversion.formats.safetensors_file import INDEX, SINGLE, SafetensorsFiles, write_safetensors
+from tools.conversion.formats.tensor_files import TensorFiles
+from tools.conversion.formats.torch_files import TorchFiles
 from tools.conversion.rows import Binding, bind, theirs_shapes, to_ours, to_theirs
-from tools.conversion.safetensors_file import INDEX, SINGLE, open_folder, write_safetensors
 from tools.conversion.source import CONFIG, GENERATION, Source, bytes_of, check_shapes
-from tools.conversion.torch_files import INDEX as BIN_INDEX
-from tools.conversion.torch_files import SINGLE as BIN_SINGLE
-from tools.conversion.torch_files import open_bin_folder
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -52,11 +51,10 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def open_tensors(folder: Path) -> Weights:
+def open_tensors(folder: Path) -> TensorFiles:
     """All stored tensors by the names in the files: safetensors, or else what torch.save wrote."""
-    has_safetensors = any((folder / name).is_file() for name in (INDEX, SINGLE))
-    has_bin = any((folder / name).is_file() for name in (BIN_INDEX, BIN_SINGLE))
-    return open_bin_folder(folder) if has_bin and not has_safetensors else open_folder(folder)
+    is_bin = TorchFiles.is_in(folder) and not SafetensorsFiles.is_in(folder)
+    return (TorchFiles if is_bin else SafetensorsFiles).open_folder(folder)
 
 
 def _locate(bindings: list[Binding], stored: Weights, family: Family, model: ModelConfig, where: str) -> list[Binding]:

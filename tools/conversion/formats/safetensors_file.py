@@ -1,12 +1,11 @@
 """Safetensors files as `Weights`, read and written a piece of a tensor at a time.
 
 The format: the length of the header (8 bytes, little endian), the header in JSON, padded with spaces to a multiple of
-8 bytes, the values (https://huggingface.co/docs/safetensors, "Format"). Files are read, not mapped into memory: what
-is held is what was asked for, whatever the size of the file.
+8 bytes, the values (https://huggingface.co/docs/safetensors, "Format").
 """
 
 import json
-import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from megatron_ext.checkpoint.read import Weights
 from megatron_ext.checkpoint.write import row_pieces
-from megatron_ext.errors import RequestError
+from tools.conversion.formats.tensor_files import Entry, TensorFiles
 from tools.conversion.source import bytes_of
 
 INDEX = "model.safetensors.index.json"
@@ -56,54 +55,12 @@ def write_safetensors(path: Path, weights: Weights, names: list[str]) -> None:
                 stream.write(weights.read_rows(name, *rows).contiguous().view(torch.uint8).numpy().data)
 
 
-def open_folder(folder: Path) -> "SafetensorsFiles":
-    """The tensors of a model's folder: of the shards that its index names, or of its only file.
+class SafetensorsFiles(TensorFiles):
+    """Those of safetensors files. Raises RequestError also for a dtype that is not known."""
 
-    Raises RequestError where the index, a file, or a tensor of the index is missing or broken.
-    """
-    if not (folder / INDEX).is_file():
-        return SafetensorsFiles(folder, [SINGLE])
-    try:
-        places: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(map(str, places.values())))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RequestError(f"--input {folder}: {INDEX} cannot be read ({error})") from error
-    weights = SafetensorsFiles(folder, files)
-    for name, file in places.items():
-        if weights.files.get(name) != file:
-            raise RequestError(f"--input {folder}: {INDEX} says that {name} is in {file}, which lacks it")
-    return weights
+    index, single, what = INDEX, SINGLE, "safetensors file"
 
-
-class SafetensorsFiles:
-    """The `Weights` of several safetensors files of one folder, by the names in them.
-
-    Raises RequestError for a file that is missing or not whole, for a dtype that is not known, and for a tensor in two
-    files.
-
-    Attributes:
-        files: the file of every tensor.
-    """
-
-    def __init__(self, folder: Path, files: list[str]):
-        self._folder = folder
-        self.shapes: dict[str, torch.Size] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self.files: dict[str, str] = {}
-        self._offsets: dict[str, int] = {}
-        for file in files:
-            self._add(file)
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        shape = self.shapes[name]
-        rows = torch.empty([stop - start, *shape[1:]], dtype=self.dtypes[name])
-        with (self._folder / self.files[name]).open("rb") as stream:
-            stream.seek(self._offsets[name] + start * math.prod(shape[1:]) * rows.itemsize)
-            if stream.readinto(rows.flatten().view(torch.uint8).numpy().data) != rows.nbytes:
-                raise self._broken(self.files[name], f"it ends within {name}")
-        return rows
-
-    def _add(self, file: str) -> None:
+    def _entries(self, file: str) -> Iterator[Entry]:
         header, first, size = self._read_header(file)
         end = 0
         for name, entry in header.items():
@@ -116,16 +73,10 @@ class SafetensorsFiles:
                 raise self._broken(file, f"its header says of {name}: {entry!s:.80}") from error
             if known is None:
                 supported = ", ".join(kind for kind, dtype in _DTYPES.items() if dtype.is_floating_point)
-                raise RequestError(
-                    f"--input {self._folder}: {name} in {file} is stored as {kind}, which cannot be converted; "
-                    f"{supported} can"
-                )
+                raise self._error(f"{name} in {file} is stored as {kind}, which cannot be converted; {supported} can")
             if not whole:
                 raise self._broken(file, f"{name} of shape {tuple(shape)} in {kind} has {stop - start} bytes")
-            if name in self.files:
-                raise RequestError(f"--input {self._folder}: {name} is both in {self.files[name]} and in {file}")
-            self.shapes[name], self.dtypes[name], self.files[name] = shape, known, file
-            self._offsets[name] = first + start
+            yield Entry(name, shape, known, first + start)
         if size != first + end:
             raise self._broken(file, f"it has {size} bytes, its header asks for {first + end}")
 
@@ -139,13 +90,10 @@ class SafetensorsFiles:
                 text = stream.read(min(length, _LONGEST_HEADER))
             header = json.loads(text)
         except FileNotFoundError as error:
-            raise RequestError(f"--input {self._folder}: {file} is missing") from error
+            raise self._error(f"{file} is missing") from error
         except (OSError, ValueError) as error:
             raise self._broken(file, str(error)) from error
         if not isinstance(header, dict):
             raise self._broken(file, "its header is no table")
         header.pop("__metadata__", None)
         return header, 8 + length, size
-
-    def _broken(self, file: str, reason: str) -> RequestError:
-        return RequestError(f"--input {self._folder}: {file} is not a whole safetensors file ({reason})")
