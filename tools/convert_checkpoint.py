@@ -19,7 +19,7 @@
 LoRA adapters of a native checkpoint are merged into its weights. Nothing is padded. The result is checked before it is
 called one: every tensor is read back, and its logits are compared with the source's on a fixed prompt, on Hugging
 Face's side by transformers itself. It appears under its name only then. Memory holds a small piece of the weights at a
-time, the check a layer.
+time, the check a tensor.
 Exit codes: 0 done, 1 the check failed (nothing is left behind), 2 the request is wrong.
 """
 
