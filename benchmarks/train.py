@@ -15,11 +15,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from benchmarks.device import on_device
+from benchmarks.peer import transformers_model
 from megatron_ext.engine import BatchConfig, Engine, EngineConfig, RecomputeConfig
 from megatron_ext.kernels import KernelConfig
 from megatron_ext.mesh import ParallelConfig, build_grid
@@ -27,7 +27,6 @@ from megatron_ext.models import preset
 from megatron_ext.models.count import flops_per_token, parameters
 from megatron_ext.optim import PrecisionConfig
 from pretrain.throughput import peak_tflops
-from tools.conversion.llama import to_hf_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +86,8 @@ def ours(case: Case, device: torch.device, attention: str) -> Callable[[], None]
 
 
 def peer(case: Case, device: torch.device) -> Callable[[], None]:
-    """The same step with transformers' LlamaForCausalLM under autocast."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**to_hf_config(preset(case.model)))
-    config._attn_implementation = "sdpa"
-    with device:
-        model: Any = LlamaForCausalLM(config)
+    """The same step with transformers' model under autocast."""
+    model = transformers_model(preset(case.model), device)
     if case.recompute == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from benchmarks.device import on_device
+from benchmarks.peer import transformers_model
 from megatron_ext.engine import BatchConfig, Engine, EngineConfig
 from megatron_ext.mesh import ParallelConfig, build_grid
 from megatron_ext.models import ModelConfig, preset, preset_names
 from megatron_ext.optim import PrecisionConfig, TrainableConfig
 from megatron_ext.zero import ZeroConfig
 from pretrain.throughput import run_flops
-from tools.conversion.llama import to_hf_config
 
 _NEW_SHARE = 0.36  # of the rows: 17,953 of 49,953, as in Chinese-LLaMA
 _CPU_SHAPE = ModelConfig(
@@ -95,12 +95,7 @@ def _held(engine: Engine, name: str) -> Iterable[torch.Tensor]:
 
 def peer(model: ModelConfig, batch: BatchConfig, trainable: TrainableConfig, device: torch.device) -> Contender:
     """transformers with the same parameters frozen, and torch's AdamW over the others."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**to_hf_config(model))
-    config._attn_implementation = "sdpa"
-    with device:
-        llama: Any = LlamaForCausalLM(config)
+    llama = transformers_model(model, device)
     for name, param in llama.named_parameters():
         param.requires_grad_(trainable.trains(name.removeprefix("model.")))
     trained = [param for param in llama.parameters() if param.requires_grad]

@@ -1,7 +1,7 @@
 """From a command line and a YAML file to a `RunConfig`, and back.
 
 Every field of the configuration dataclasses is a flag of the same name. What is asked for later wins: the
-preset named by --model, then --config's file, then the command line.
+preset named by --model (or the shape of --load's checkpoint), then --config's file, then the command line.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from megatron_ext.checkpoint import find_checkpoint, read_manifest
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, preset, preset_names
 from pretrain.config import RunConfig
@@ -123,6 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="settings by flag name; the command line overrides them")
     parser.add_argument("--model", metavar="NAME", help=f"a published shape: {', '.join(preset_names())}")
+    parser.add_argument(
+        "--use-checkpoint-args", action=argparse.BooleanOptionalAction, help="the model's shape is that of --load"
+    )
     sections = {group: parser.add_argument_group(group) for group in _groups()}
     for flag in all_flags().values():
         options: dict[str, Any] = {"dest": flag.name, "help": _help_line(flag)}
@@ -186,7 +190,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RequestError(f"--config {file}: must be a mapping of flag names to values")
     settings = {str(key).replace("-", "_"): value for key, value in content.items()}
-    known = {*all_flags(), "model"}
+    known = {*all_flags(), "model", "use_checkpoint_args"}
     for name in settings:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -197,21 +201,34 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 
 def resolve(settings: dict[str, Any]) -> RunConfig:
-    """Settings by field name (and `model`), with presets and defaults filled in."""
+    """Settings by field name (and `model`, `use_checkpoint_args`), with presets and defaults filled in."""
     settings = dict(settings)
-    name = settings.pop("model", None)
-    base = None if name is None else preset(str(name))
+    from_checkpoint = bool(settings.pop("use_checkpoint_args", False))
+    base = _base(settings.pop("model", None), from_checkpoint, settings)
     flags = all_flags()
     read = {key: flags[key].read(value) for key, value in settings.items()}
     read = {key: value for key, value in read.items() if value is not None or flags[key].default is None}
     groups: dict[str, Any] = {}
+    keeps_rows = from_checkpoint and read.get("embedding_init") is None
+    tokenizer = None if keeps_rows else read.get("tokenizer_model")
     for group, config in _groups().items():
         values = {key: value for key, value in read.items() if flags[key].group == group}
         if config is ModelConfig:
-            groups[group] = _model(base, values, read.get("tokenizer_model"))
+            groups[group] = _model(base, values, tokenizer)
         else:
             groups[group] = config(**values)
     return RunConfig(**groups)
+
+
+def _base(name: Any, from_checkpoint: bool, settings: dict[str, Any]) -> ModelConfig | None:
+    """The shape that single flags override: the preset's, or the checkpoint's."""
+    if not from_checkpoint:
+        return None if name is None else preset(str(name))
+    if name is not None:
+        raise RequestError(f"--use-checkpoint-args contradicts --model {name}: either says what the model's shape is")
+    if settings.get("load") is None:
+        raise RequestError("--use-checkpoint-args needs --load: the checkpoint that has the shape")
+    return ModelConfig(**read_manifest(find_checkpoint(settings["load"])).model)
 
 
 def _model(base: ModelConfig | None, values: dict[str, Any], tokenizer: str | None) -> ModelConfig:
@@ -226,7 +243,8 @@ def _model(base: ModelConfig | None, values: dict[str, Any], tokenizer: str | No
     missing = ["--" + name.replace("_", "-") for name in needed if values.get(name) is None]
     if missing:
         raise RequestError(
-            f"{', '.join(missing)} missing: give them, or --model with one of {', '.join(preset_names())}"
+            f"{', '.join(missing)} missing: give them, or --model NAME (--help lists the names), or "
+            "--use-checkpoint-args with --load"
         )
     return ModelConfig(**values)
 
