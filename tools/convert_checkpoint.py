@@ -7,7 +7,7 @@
     --from native --to megatron-core    a distributed checkpoint that Megatron-LM's --load takes; and the reverse
     --from native --to peft             LoRA adapters alone, for peft
     --from X --to X                     the same form again in another --dtype, with a larger vocabulary, without
-                                        adapters, in shards of another size; any other source and target go as well
+                                        adapters or optimizer, in shards of another size
 
     --base-tokenizer OLD --tokenizer NEW --embedding-init METHOD      on any of these ways: rows for NEW's pieces
         mean-subtoken      mean of the rows of the old pieces that a new one was before
@@ -16,7 +16,8 @@
         mean               mean of all old rows
         random             as a model's weights start
 
-LoRA adapters of a native checkpoint are merged into its weights. Nothing is padded. The result is checked before it is
+Any source goes to any target (to peft: native only). LoRA adapters of a native checkpoint are merged into its weights,
+and its optimizer's state is left behind. Nothing is padded. The result is checked before it is
 called one: every tensor is read back, and its logits are compared with the source's on a fixed prompt, on Hugging
 Face's side by transformers itself. It appears under its name only then. Memory holds a small piece of the weights at a
 time, the check a tensor.
@@ -192,9 +193,12 @@ def _check_flags(options: argparse.Namespace) -> None:
 
 
 def _check_changes(options: argparse.Namespace, source: Source) -> None:
-    """Raise RequestError where the result would be the source once more."""
+    """Say what stays behind; raise RequestError where the result would be the source once more."""
     if source.merged_adapters:
         print(f"merging {source.merged_adapters} LoRA adapters into the weights beside them")
+    if source.has_optimizer:
+        print("leaving the optimizer's state behind")
+    if source.merged_adapters or source.has_optimizer:
         return
     changes = ("dtype", "embedding_init", "max_shard_gb", "model_type", "vocab_size")
     if options.source == options.target and all(getattr(options, name) is None for name in changes):

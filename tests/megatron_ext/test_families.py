@@ -75,6 +75,7 @@ class Expected:
     loss: float
     norm: torch.Tensor
     gradients: Weights
+    logits: torch.Tensor
 
 
 def expect(name: str, folder: Path) -> Expected:
@@ -83,13 +84,15 @@ def expect(name: str, folder: Path) -> Expected:
     (folder / "native").mkdir()
     write_native(source, folder / "native")
     text = batch()
-    loss = F.cross_entropy(theirs(text["tokens"]).logits.flatten(0, 1), text["labels"].flatten())
+    logits = theirs(text["tokens"]).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), text["labels"].flatten())
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), torch.inf)
     gradients = InMemory({key: p.grad for key, p in theirs.named_parameters()})
     bindings = bind(family_of(theirs.config.to_dict()).rules, source.model)
     checkpoint = find_checkpoint(folder / "native")
-    return Expected(source.model, checkpoint, loss.item(), norm, to_ours(gradients, bindings, source.model))
+    mapped = to_ours(gradients, bindings, source.model)
+    return Expected(source.model, checkpoint, loss.item(), norm, mapped, logits.detach())
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,13 @@ def test_loss_and_gradients_equal_transformers(
     assert gradients.keys() == want.gradients.shapes.keys()
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     torch.testing.assert_close(norm, want.norm, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers(name: str, expected: dict[str, Expected]) -> None:
+    with torch.no_grad():
+        logits = load_native(expected[name].checkpoint)(batch()["tokens"])
+    torch.testing.assert_close(logits, expected[name].logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)

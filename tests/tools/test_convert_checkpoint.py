@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -258,11 +259,17 @@ def test_a_file_that_cannot_grow_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_killed_conversion_leaves_no_result_and_the_next_one_starts_clean(tmp_path: Path) -> None:
     hf_model(tmp_path / "hf")
+    names = ("--from", "hf", "--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "out")
+    process = subprocess.Popen([sys.executable, "-m", "tools.convert_checkpoint", *names], stderr=subprocess.DEVNULL)
     partial = tmp_path / ".out.tmp"
-    partial.mkdir()
-    (partial / "stale.distcp").write_text("of a killed run")
-    names = ("--input", tmp_path / "hf", "--output", tmp_path / "out")
-    assert convert("--from", "hf", "--to", "native", *names) == 0
+    while not partial.exists():  # what is killed is at the latest the check, which takes seconds to begin
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.tmp", "hf"]
+    (partial / "stale.distcp").write_text("of the killed run")
+    assert convert(*names) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
     assert not list((tmp_path / "out").rglob("stale*"))
 

@@ -93,6 +93,27 @@ def test_absent_fields_mean_what_transformers_takes_them_for(family: str) -> Non
     assert FAMILIES[family].read(short).resolved() == FAMILIES[family].read(config).resolved()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_changed_is_said_and_the_rest_stays(name: str) -> None:
+    config = make_model(name).config.to_dict() | {"a_field_of_its_own": 7}
+    family = FAMILIES[config["model_type"]]
+    model = family.read(config)
+    changes: dict[str, Any] = {"vocab_size": 101, "max_position_embeddings": 77}
+    if family.rotary:
+        changes |= {"rotary_base": 5e4, "rope_scaling": "linear", "rope_scaling_factor": 4.0}
+        changes["rope_original_max_position"] = 8192  # means nothing there
+    changed = dataclasses.replace(model, **changes)
+    updated = family.update(config, changed)
+    assert family.read(updated) == changed
+    assert family.update(config, model) == config
+    rope = {"rope_parameters", "rope_theta", "rope_scaling"}
+    differ = {key for key in config.keys() | updated.keys() if config.get(key) != updated.get(key)} - rope
+    assert differ <= {"vocab_size", "max_position_embeddings", "seq_length"}
+    theirs = transformers.AutoConfig.for_model(**updated)  # and transformers understands it so
+    if family.rotary:
+        assert (theirs.rope_parameters["rope_theta"], theirs.rope_parameters["factor"]) == (5e4, 4.0)
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "scaling": ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
     "windows on some layers": ("qwen2", {"use_sliding_window": True}, "use_sliding_window True of a qwen2 model"),

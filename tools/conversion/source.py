@@ -29,6 +29,7 @@ class Source:
         hugging_face: contents of config.json and generation_config.json by file name, as they came: what they say
             beyond the shape is to arrive with the weights. Where neither did: ids of special tokens, or nothing.
         merged_adapters: how many low-rank adapters of the source have become part of the weights.
+        has_optimizer: an optimizer's state lies beside the weights, which stays behind.
     """
 
     model: ModelConfig
@@ -37,6 +38,7 @@ class Source:
     origin: str
     hugging_face: dict[str, Any] | None = None
     merged_adapters: int = 0
+    has_optimizer: bool = False
 
     def with_tokenizer(self, tokenizer: Path, token_ids: dict[str, int | None]) -> "Source":
         """Itself with another tokenizer, and its ids of special tokens where they differ from what came along."""

@@ -30,6 +30,7 @@ def open_native(folder: Path) -> Source:
         origin="native",
         hugging_face=manifest.hugging_face,
         merged_adapters=adapters,
+        has_optimizer=manifest.has_optimizer,
     )
     return source.check(f"--input {checkpoint}", "manifest.json")
 
