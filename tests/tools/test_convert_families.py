@@ -68,6 +68,18 @@ def test_there_and_back_is_bitwise_equal(name: str, tmp_path: Path, capsys: pyte
     assert torch.equal(returned.generate(start, **options), original.generate(start, **options))
 
 
+def test_config_json_travels_through_megatron_core(tmp_path: Path) -> None:
+    save_model("qwen3", tmp_path / "hf")
+    for source, target in (("hf", "megatron-core"), ("megatron-core", "hf")):
+        names = ("--from", source, "--to", target, "--input", tmp_path / source, "--output", tmp_path / f"to-{target}")
+        assert convert(*names, "--no-verify") == 0
+        (tmp_path / f"to-{target}").rename(tmp_path / target if target != "hf" else tmp_path / "back")
+    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads(
+        (tmp_path / "hf/config.json").read_text()
+    )
+    assert all(torch.equal(tensor, tensors(tmp_path / "back")[key]) for key, tensor in tensors(tmp_path / "hf").items())
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_that_did_not_come_from_there_goes_there(name: str, tmp_path: Path) -> None:
     """Written afresh, config.json makes the same model of the same class in transformers."""

@@ -34,6 +34,7 @@ from tools.conversion.source import Source, check_shapes
 _TRACKER, _RELEASE = "latest_checkpointed_iteration.txt", "release"
 _FORMAT, _COMMON = "metadata.json", "common.pt"
 _BACKEND = "torch_dist"
+_CARRIED = "hugging_face"  # a key of ours in common.pt, which Megatron-LM passes over
 _WORDS, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _LAYER = "decoder.layers.{}."
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)")
@@ -75,7 +76,7 @@ def write_megatron(source: Source, folder: Path) -> None:
     Layers are stacked and nothing is padded: megatron-core pads the vocabulary as it loads, for its own layout.
     """
     model = source.model
-    common = {"args": to_args(model), "checkpoint_version": 3.0, "iteration": 0}
+    common = {"args": to_args(model), "checkpoint_version": 3.0, "iteration": 0, _CARRIED: source.hugging_face}
     release = folder / _RELEASE
     release.mkdir()
     theirs = to_theirs(source.weights, bind(list(_rules(model, gate_apart=False)), model))
@@ -130,7 +131,8 @@ def open_megatron(folder: Path, vocab_size: int | None = None) -> Source:
     """
     where = f"--input {folder}"
     checkpoint = _find(folder, where)
-    args = _read_args(checkpoint / _COMMON, where)
+    common = _read_common(checkpoint / _COMMON, where)
+    args = common["args"]
     try:
         reader = WeightReader(checkpoint, _numbered, check_values=True)
     except Exception as error:  # it is a pickle, and may fail in any way
@@ -145,7 +147,7 @@ def open_megatron(folder: Path, vocab_size: int | None = None) -> Source:
     check_shapes(reader.shapes, theirs_shapes(bindings, model), where, _COMMON, longer=(_WORDS, _OUTPUT))
     reader.check_whole(where)
     weights = to_ours(KeptPieces(reader), bindings, model)
-    return Source(model, weights, tokenizer=None, origin="megatron-core")
+    return Source(model, weights, tokenizer=None, origin="megatron-core", hugging_face=common.get(_CARRIED))
 
 
 def _find(folder: Path, where: str) -> Path:
@@ -188,17 +190,17 @@ class _Opaque:
         pass
 
 
-def _read_args(file: Path, where: str) -> argparse.Namespace:
+def _read_common(file: Path, where: str) -> dict[str, Any]:
+    """What is in common.pt: the run's arguments, and where we wrote it, what came from Hugging Face."""
     try:
         foreign = set(get_unsafe_globals_in_checkpoint(str(file))) - {"argparse.Namespace"}
         with safe_globals([argparse.Namespace, *((_Opaque, name) for name in foreign)]):
             common = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, EOFError, ValueError, RuntimeError, LookupError, pickle.UnpicklingError) as error:
         raise RequestError(f"{where}: {_COMMON} cannot be read ({str(error).strip().splitlines()[0]})") from error
-    args = common.get("args") if isinstance(common, dict) else None
-    if not isinstance(args, argparse.Namespace):
+    if not isinstance(common, dict) or not isinstance(common.get("args"), argparse.Namespace):
         raise RequestError(f"{where}: {_COMMON} has no args, which say what the model's shape is")
-    return args
+    return common
 
 
 def _vocab_size(args: argparse.Namespace, given: int | None, rows: int) -> int:
