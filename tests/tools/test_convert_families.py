@@ -126,6 +126,19 @@ def test_what_changed_is_said_and_the_rest_stays(name: str) -> None:
         assert (theirs.rope_parameters["rope_theta"], theirs.rope_parameters["factor"]) == (5e4, 4.0)
 
 
+def test_the_words_of_bigscience(tmp_path: Path) -> None:
+    """config.json as the published BLOOM models have it, and names without the prefix."""
+    model = save_model("bloom", tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    config = json.loads(file.read_text())
+    words = {"n_embed": config.pop("hidden_size"), "num_attention_heads": config.pop("n_head"), "seq_length": 2048}
+    file.write_text(json.dumps(config | words | {"attention_softmax_in_fp32": True, "n_inner": None}))
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").hidden_size == model.config.hidden_size
+    assert to_native(tmp_path / "hf", tmp_path / "native") == 0
+    assert to_hf(tmp_path / "native", tmp_path / "back") == 0
+    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads(file.read_text())
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "scaling": ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
     "windows on some layers": ("qwen2", {"use_sliding_window": True}, "use_sliding_window True of a qwen2 model"),

@@ -55,6 +55,7 @@ BLOOM = Family(
         "layer_norm_epsilon": "norm_epsilon",
         "initializer_range": "init_method_std",
     },
+    aliases={"n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
     rules=(
         Rule("transformer.word_embeddings.weight", ("embed_tokens.weight",)),
         Rule("transformer.word_embeddings_layernorm.weight", ("embed_layernorm.weight",)),

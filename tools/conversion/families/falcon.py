@@ -67,6 +67,7 @@ FALCON = Family(
         "initializer_range": "init_method_std",
         "bias": "add_bias_linear",
     },
+    aliases={"n_embed": "hidden_size"},
     rules=(
         Rule("transformer.word_embeddings.weight", ("embed_tokens.weight",)),
         *layer_rules({theirs: ours for theirs, ours in LAYER.items() if theirs not in _NORMS}),

@@ -23,6 +23,7 @@ class Family:
     Attributes:
         model_type, architecture: as config.json names the family.
         fields: config.json's field -> ModelConfig's, of equal value.
+        aliases: other names that config.json's fields may have, such as those that the published models were given.
         absent: values of config.json's fields where it lacks them, if they are not ModelConfig's own defaults.
         fixed: ModelConfig's fields that are alike in every model of the family.
         demanded: config.json's fields of which one value is understood. An absent one has it.
@@ -38,6 +39,7 @@ class Family:
     architecture: str
     fields: dict[str, str]
     rules: Sequence[Rule]
+    aliases: dict[str, str] = dataclasses.field(default_factory=dict)
     absent: Config = dataclasses.field(default_factory=dict)
     fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
     demanded: Config = dataclasses.field(default_factory=dict)
@@ -54,7 +56,9 @@ class Family:
                 raise RequestError(
                     f"config.json: {name} {config[name]!r} of a {self.model_type} model is not supported; {value!r} is"
                 )
-        config = self.absent | config
+        config = (
+            self.absent | config | {self.aliases[name]: config[name] for name in config.keys() & self.aliases.keys()}
+        )
         values = {ours: config[theirs] for theirs, ours in self.fields.items() if config.get(theirs) is not None}
         values["untie_embeddings_and_output_weights"] = not config.get("tie_word_embeddings", True)
         try:
