@@ -102,10 +102,9 @@ class ModelConfig:
         if self.rope_scaling == "none":
             refuse_unused(self, ("rope_scaling_factor",), "--rope-scaling linear or llama3")
         if not 0 < self.rotary_percent <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
-            share = "" if self.rotary_percent == 1 else f" x --rotary-percent {self.rotary_percent}"
+            share = "" if self.rotary_percent == 1 else f" x --rotary-percent {self.rotary_percent} = {self.rotary_dim}"
             raise RequestError(
-                f"head size {self.head_dim}{share} is {self.rotary_dim}, and rotary embedding turns pairs: "
-                "use an even one"
+                f"head size {self.head_dim}{share} is odd or none, and rotary embedding turns pairs: use an even one"
             )
 
     def validate_length(self, seq_length: int) -> None:

@@ -75,7 +75,8 @@ CASES: dict[str, Layout] = {
 # Sweeps of the long run: what is left here are the combinations that have bitten someone.
 BY_DEFAULT = (
     "TP2 PP3",
-    *(f"PP2 DP2 ZeRO-{zero}, {only}" for zero in range(4) for only in ("embeddings", "new rows")),
+    "PP2 DP2 ZeRO-1, embeddings",
+    *(f"PP2 DP2 ZeRO-{zero}, new rows" for zero in (0, 2, 3)),
     "PP2 DP2 ZeRO-0, lora",
     "PP2 DP2 ZeRO-3, l",  # lora, last layer
     "TP2 DP2 ZeRO-3, new rows",
@@ -85,7 +86,7 @@ BY_DEFAULT = (
     "TP4 SP",
     "TP2 PP2 zero-bubble",
 )
-FLOAT32_BY_DEFAULT = ("TP2 PP3, new rows", "TP2 PP3, lora", "PP2 DP2 ZeRO-2, embeddings")
+FLOAT32_BY_DEFAULT = ("TP2 PP3, new rows", "PP2 DP2 ZeRO-2, embeddings")
 MARKED = [
     pytest.param(name, dtype, marks=[] if name.startswith(chosen) else [pytest.mark.slow])
     for dtype, chosen in (("float64", BY_DEFAULT), ("float32", FLOAT32_BY_DEFAULT))

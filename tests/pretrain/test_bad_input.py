@@ -154,6 +154,10 @@ FLAGS: list[tuple[str, dict[str, Any], int]] = [
     ("--num-query-groups 0: must be at least 1", {"num_query_groups": 0}, 1),
     ("--kv-channels 0: must be at least 1", {"kv_channels": 0}, 1),
     ("head size 7 is odd", {"kv_channels": 7}, 1),
+    ("head size 8 x --rotary-percent 0.4 = 3 is odd", {"rotary_percent": 0.4}, 1),
+    ("--window-size 0: must be at least 1", {"window_size": 0}, 1),
+    ("--rotary-percent 0.5 has no effect without", {"rotary_percent": 0.5, "position_embedding_type": "alibi"}, 1),
+    ("--position-embedding-offset 2 has no effect", {"position_embedding_offset": 2}, 1),
     ("--num-layers 0: must be at least 1", {"num_layers": 0}, 1),
     # what is computed with
     ("--bf16 and --fp16 exclude each other", {"bf16": True, "fp16": True}, 1),
