@@ -41,6 +41,7 @@ _MODULES: dict[str, tuple[str, int | None]] = {
 }
 _NAME = re.compile(r"(layers\.\d+\.)?(.+)\.weight")
 _EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
+_GATE = "layers.0.mlp.gate_proj.weight"  # whose rows are the width of the feed-forward network
 
 _REQUIRED = {"dim", "n_layers", "n_heads", "norm_eps"}
 _OPTIONAL = {"n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "rope_theta"}
@@ -60,11 +61,11 @@ def open_meta(folder: Path, max_position_embeddings: int | None = None) -> Sourc
     Args:
         folder: with params.json and consolidated.NN.pth; tokenizer.model lies there, beside it, or nowhere.
         max_position_embeddings: the longest sequence that the model is meant for, which its files do not say. If it
-            is not given, that of the published model of this shape, and a line on stdout says so.
+            is not given, that of the published model of this shape, or else of LLaMA's generation with this rotation; a
+            line on stdout says so.
 
     Raises:
-        RequestError: a file is missing or broken, params.json and the tensors disagree, or what the files do not say
-            is not known of a published model either.
+        RequestError: a file is missing or broken, or params.json and the tensors disagree.
     """
     where = f"--input {folder}"
     if max_position_embeddings is not None and max_position_embeddings < 1:
@@ -72,7 +73,7 @@ def open_meta(folder: Path, max_position_embeddings: int | None = None) -> Sourc
     params = _read_params(where, folder)
     shards = [TorchFiles(folder, [file]) for file in _files(where, folder)]
     joined = _JoinedShards(where, shards, params["dim"])
-    model = _complete(where, params, _model(params, joined.shapes), max_position_embeddings)
+    model = _complete(params, _model(params, joined.shapes), max_position_embeddings)
     try:
         model.validate()
     except RequestError as error:
@@ -215,7 +216,7 @@ def _model(params: dict[str, Any], shapes: dict[str, torch.Size]) -> ModelConfig
     return ModelConfig(
         num_layers=params["n_layers"],
         hidden_size=params["dim"],
-        ffn_hidden_size=_ffn_hidden_size(params),
+        ffn_hidden_size=shapes[_GATE][0] if _GATE in shapes else 1,
         num_attention_heads=params["n_heads"],
         num_query_groups=params.get("n_kv_heads", params["n_heads"]),
         vocab_size=shapes[EMBEDDING][0] if vocab_size == -1 else vocab_size,
@@ -226,39 +227,32 @@ def _model(params: dict[str, Any], shapes: dict[str, torch.Size]) -> ModelConfig
     )
 
 
-def _ffn_hidden_size(params: dict[str, Any]) -> int:
-    """Meta's `FeedForward`: 2/3 of 4 dim, by the multiplier, up to the next multiple."""
-    size, multiple = (
-        int(params.get("ffn_dim_multiplier", 1) * int(8 * params["dim"] / 3)),
-        params.get("multiple_of", 256),
-    )
-    return -(-size // multiple) * multiple
+def _complete(params: dict[str, Any], model: ModelConfig, length: int | None) -> ModelConfig:
+    """The model with what its files do not say: the length it is meant for, the factor of a scaled rotation.
 
-
-def _complete(where: str, params: dict[str, Any], model: ModelConfig, length: int | None) -> ModelConfig:
-    """The model with what its files do not say: the length it is meant for, the factor of a scaled rotation."""
+    Both are those of the published model of this shape, or of the generation whose rotation it has; a line says so.
+    """
     name = next((name for name in preset_names() if _comparable(preset(name)) == _comparable(model)), None)
+    alike, source = _generation(model), "of LLaMA's generations the one with its rotation"
+    if name is not None:
+        alike, source = preset(name), f"the published {name}"
     factor = params.get("rope_scaling_factor") if model.rope_scaling != "none" else 1.0
     taken = []
     if length is None:
-        if name is None:
-            raise RequestError(
-                f"{where}: params.json does not say how long a sequence the model is meant for, and no published model "
-                "has its shape: give --max-position-embeddings N"
-            )
-        length = preset(name).max_position_embeddings
+        length = alike.max_position_embeddings
         taken.append(f"--max-position-embeddings {length}")
     if factor is None:
-        if name is None:
-            raise RequestError(
-                f"{where}: params.json has use_scaled_rope, and no published model has its shape: add "
-                "rope_scaling_factor to it (Llama 3.1 has 8, Llama 3.2 of 1B and 3B 32)"
-            )
-        factor = preset(name).rope_scaling_factor
+        factor = alike.rope_scaling_factor
         taken.append(f"rope_scaling_factor {factor:g}")
     if taken:
-        print(f"params.json does not say all: {' and '.join(taken)} as the published {name} has")
+        print(f"params.json does not say all: {' and '.join(taken)}, as {source} has")
     return dataclasses.replace(model, max_position_embeddings=length, rope_scaling_factor=float(factor))
+
+
+def _generation(model: ModelConfig) -> ModelConfig:
+    if model.rope_scaling != "none":
+        return preset("llama3.1-8b")
+    return preset("llama3-8b" if model.rotary_base == preset("llama3-8b").rotary_base else "llama-7b")
 
 
 def _comparable(model: ModelConfig) -> ModelConfig:
