@@ -1,20 +1,17 @@
 """Reading a checkpoint's weights in one process, whatever layout wrote it, as much at a time as is asked for."""
 
 import dataclasses
-import io
 import math
-import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_ext.checkpoint.piece import StoredPiece
 from megatron_ext.checkpoint.state import MODEL
 from megatron_ext.errors import RequestError
 
@@ -64,7 +61,7 @@ class WeightReader:
     """The `Weights` of one checkpoint. Needs no process group.
 
     places: sizes of the stored tensors -> where the weights lie, by name. By default as in native checkpoints.
-    check_values: compare every stored piece with the checksum that torch.save left in it, which torch.load does not.
+    check_values: compare every stored piece with its checksum when it is first read.
     """
 
     def __init__(
@@ -74,7 +71,7 @@ class WeightReader:
         check_values: bool = False,
     ):
         self._checkpoint, self._reader = checkpoint, dcp.FileSystemReader(checkpoint)
-        self._unchecked = set(self._reader.read_metadata().storage_data) if check_values else set()
+        self._check_values, self._pieces = check_values, dict[MetadataIndex, StoredPiece]()
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._entries = {
@@ -109,63 +106,25 @@ class WeightReader:
                 raise RequestError(f"{where}: incomplete checkpoint, parts of {key} are missing")
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of a weight; the memory is theirs and that of one stored piece of it at a time."""
+        """Rows `start` to `stop` of a weight, in memory of their own and no more, however large the stored pieces."""
         place = self._places[name]
         rows = torch.empty([stop - start, *self.shapes[name][1:]], dtype=self.dtypes[name])
         part = place.rows(start, rows.shape)
-        items = create_read_items_for_chunk_list(place.key, self._entries[place.key], [part])
-        for item in items:
-            if item.storage_index in self._unchecked:
-                self._check_values(item.storage_index)
-        self._reader.read_data(LoadPlan(items), _Into(rows.view(part.sizes))).wait()
+        target = rows.view(part.sizes)
+        for item in create_read_items_for_chunk_list(place.key, self._entries[place.key], [part]):
+            block = self._piece(item.storage_index).read(item.storage_offsets, item.lengths)
+            target[tuple(slice(o, o + n) for o, n in zip(item.dest_offsets, item.lengths, strict=True))] = block
         return rows
 
-    def _check_values(self, index: MetadataIndex) -> None:
-        info = self._reader.storage_data[index]
-        try:
-            with open(self._checkpoint / info.relative_path, "rb") as file:
-                damaged = zipfile.ZipFile(_Window(file, info.offset, info.length)).testzip()
-        except (OSError, zipfile.BadZipFile) as error:
-            damaged = str(error)
-        if damaged is not None:
-            file_name = self._checkpoint / info.relative_path
-            raise RequestError(f"{file_name}: damaged, {index.fqn} does not have its checksum ({damaged})")
-        self._unchecked.discard(index)
+    def _piece(self, index: MetadataIndex) -> StoredPiece:
+        if index not in self._pieces:
+            info = self._reader.storage_data[index]
+            piece = StoredPiece(self._checkpoint / info.relative_path, info.offset, info.length, index.fqn)
+            if self._check_values:
+                piece.check_values()
+            self._pieces[index] = piece
+        return self._pieces[index]
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Whole tensors on the CPU, in their stored dtype."""
         return {name: self.read_rows(name, 0, self.shapes[name][0]) for name in names}
-
-
-class _Window(io.RawIOBase):
-    """A part of a file that looks like a file."""
-
-    def __init__(self, file: BinaryIO, start: int, length: int):
-        self._file, self._start, self._length, self._at = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence] + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._start + self._at)
-        count = self._file.readinto(memoryview(buffer)[: max(self._length - self._at, 0)])  # type: ignore[attr-defined]
-        self._at += count
-        return int(count)
-
-
-class _Into(DefaultLoadPlanner):
-    """Puts all that is read into one tensor."""
-
-    def __init__(self, target: torch.Tensor):
-        super().__init__()
-        self._target = target
-
-    def lookup_tensor(self, index: object) -> torch.Tensor:
-        return self._target

@@ -21,7 +21,6 @@ from tests.tools.megatron_gpt import OnCpu, expected, load, save, without_gpu
 from tests.weights import InMemory
 from tools.conversion.formats.megatron_args import from_args, to_args
 from tools.conversion.formats.megatron_core import open_megatron, write_megatron
-from tools.conversion.pieces import KeptPieces
 from tools.conversion.source import Source
 
 BASE = ModelConfig(
@@ -204,16 +203,6 @@ def test_a_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     back = InMemory(read_all(open_megatron(tmp_path / "ours")))
     assert set(back.dtypes.values()) == {torch.bfloat16}
     assert all(torch.equal(tensor, asked.tensors[name]) for name, tensor in back.tensors.items())
-
-
-def test_kept_pieces_give_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "_PIECE_BYTES", 3 * 4 * 4)
-    weights = InMemory({"a": torch.randn(10, 4), "b": torch.randn(7)})
-    kept = KeptPieces(weights)
-    for name, tensor in weights.tensors.items():
-        for start in range(len(tensor) + 1):
-            for stop in range(start, len(tensor) + 1):
-                assert torch.equal(kept.read_rows(name, start, stop), tensor[start:stop])
 
 
 UNKNOWN: dict[str, dict[str, Any]] = {

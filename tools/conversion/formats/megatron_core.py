@@ -27,7 +27,6 @@ from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.names import EMBEDDING, HEAD, POSITIONS
 from tools.conversion.formats.megatron_args import from_args, to_args
-from tools.conversion.pieces import KeptPieces
 from tools.conversion.rows import Rule, bind, key_value_heads, theirs_shapes, to_ours, to_theirs
 from tools.conversion.source import Source, check_shapes
 
@@ -146,7 +145,7 @@ def open_megatron(folder: Path, vocab_size: int | None = None) -> Source:
     bindings = bind(list(_rules(model, gate_apart)), model)
     check_shapes(reader.shapes, theirs_shapes(bindings, model), where, _COMMON, longer=(_WORDS, _OUTPUT))
     reader.check_whole(where)
-    weights = to_ours(KeptPieces(reader), bindings, model)
+    weights = to_ours(reader, bindings, model)
     return Source(model, weights, tokenizer=None, origin="megatron-core", hugging_face=common.get(_CARRIED))
 
 

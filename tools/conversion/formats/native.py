@@ -10,7 +10,6 @@ from megatron_ext.checkpoint.write import write_weights
 from megatron_ext.models import ModelConfig
 from megatron_ext.tensor_parallel import LoraConfig
 from tools.conversion.changes.lora import MergedWeights
-from tools.conversion.pieces import KeptPieces
 from tools.conversion.source import Source
 
 
@@ -18,7 +17,7 @@ def open_native(folder: Path) -> Source:
     """The checkpoint that `folder` is, or whose folder it is; adapters that it has are merged into the weights."""
     checkpoint = find_checkpoint(folder, "--input")
     manifest = read_manifest(checkpoint, "--input")
-    weights: Weights = KeptPieces(WeightReader(checkpoint, check_values=True))
+    weights: Weights = WeightReader(checkpoint, check_values=True)
     adapters = 0
     if manifest.lora is not None:
         weights = merged = MergedWeights(weights, LoraConfig(**manifest.lora))
