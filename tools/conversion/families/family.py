@@ -56,17 +56,19 @@ class Family:
                 raise RequestError(
                     f"config.json: {name} {config[name]!r} of a {self.model_type} model is not supported; {value!r} is"
                 )
-        config = (
-            self.absent | config | {self.aliases[name]: config[name] for name in config.keys() & self.aliases.keys()}
-        )
+        renamed = {self.aliases[name]: config[name] for name in config.keys() & self.aliases.keys()}
+        config = self.absent | config | renamed
         values = {ours: config[theirs] for theirs, ours in self.fields.items() if config.get(theirs) is not None}
         values["untie_embeddings_and_output_weights"] = not config.get("tie_word_embeddings", True)
         try:
             if self.rotary:
                 values |= read_rope(config)
             model = ModelConfig(**values | self.fixed | self.read_more(config))
-        except (LookupError, TypeError) as error:
-            raise RequestError(f"config.json: a field of a {self.model_type} model is missing ({error})") from error
+        except RequestError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise RequestError(f"config.json: does not describe a {self.model_type} model ({reason})") from error
         try:
             model.validate()
         except (RequestError, TypeError) as error:
