@@ -83,7 +83,6 @@ BY_DEFAULT = (
     "PP2 zero-bubble, lora",
     "PP2 DP2 zbv",
     "DP4",
-    "TP4 SP",
     "TP2 PP2 zero-bubble",
 )
 FLOAT32_BY_DEFAULT = ("TP2 PP3, new rows", "PP2 DP2 ZeRO-2, embeddings")

@@ -60,7 +60,7 @@ def interrupted(pool: Pool, ranks: int, folder: Path, **flags: Any) -> None:
         pytest.param(2, {"zero_stage": 2}, id="DP2 ZeRO-2", marks=pytest.mark.slow),
         pytest.param(4, {TP: 2, PP: 2, "sequence_parallel": True}, id="TP2 SP PP2"),
         pytest.param(4, {PP: 2, "pipeline_schedule": "zbv", "zero_stage": 3}, id="PP2 zbv DP2 ZeRO-3"),
-        pytest.param(4, {TP: 2, "zero_stage": 3} | NEW_ROWS, id="TP2 DP2 ZeRO-3, new rows"),
+        pytest.param(4, {TP: 2, "zero_stage": 3} | NEW_ROWS, id="TP2 DP2 ZeRO-3, new rows", marks=pytest.mark.slow),
         pytest.param(2, {TP: 2, "lora_dropout": 0.2} | LORA, id="TP2, LoRA with dropout", marks=pytest.mark.slow),
         pytest.param(1, {"fp16": True, "initial_loss_scale": 2**20, "loss_scale_window": 4}, id="fp16"),
     ],
