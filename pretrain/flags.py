@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from megatron_ext.checkpoint import find_checkpoint, read_manifest
+from megatron_ext.checkpoint import find_checkpoint, model_of, read_manifest
+from megatron_ext.checkpoint.directory import MANIFEST
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, preset, preset_names
 from pretrain.config import RunConfig
@@ -58,9 +59,7 @@ class Flag:
 
     def _read_one(self, value: Any) -> Any:
         if self.kind is bool:
-            if not isinstance(value, bool):
-                raise RequestError(f"{self.spelled} {value}: must be true or false")
-            return value
+            return _read_switch(self.spelled, value)
         try:
             if not isinstance(value, (str, int, float)) or isinstance(value, bool):
                 raise ValueError
@@ -75,6 +74,12 @@ class Flag:
         if self.choices is not None and result not in self.choices:
             raise RequestError(f"{self.spelled} {value}: must be one of {', '.join(map(str, self.choices))}")
         return result
+
+
+def _read_switch(spelled: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise RequestError(f"{spelled} {value}: must be true or false")
+    return value
 
 
 def all_flags() -> dict[str, Flag]:
@@ -203,11 +208,12 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 def resolve(settings: dict[str, Any]) -> RunConfig:
     """Settings by field name (and `model`, `use_checkpoint_args`), with presets and defaults filled in."""
     settings = dict(settings)
-    from_checkpoint = bool(settings.pop("use_checkpoint_args", False))
-    base = _base(settings.pop("model", None), from_checkpoint, settings)
+    name, asked = settings.pop("model", None), settings.pop("use_checkpoint_args", None)
+    from_checkpoint = asked is not None and _read_switch("--use-checkpoint-args", asked)
     flags = all_flags()
     read = {key: flags[key].read(value) for key, value in settings.items()}
     read = {key: value for key, value in read.items() if value is not None or flags[key].default is None}
+    base = _base(name, from_checkpoint, read.get("load"))
     groups: dict[str, Any] = {}
     keeps_rows = from_checkpoint and read.get("embedding_init") is None
     tokenizer = None if keeps_rows else read.get("tokenizer_model")
@@ -220,15 +226,16 @@ def resolve(settings: dict[str, Any]) -> RunConfig:
     return RunConfig(**groups)
 
 
-def _base(name: Any, from_checkpoint: bool, settings: dict[str, Any]) -> ModelConfig | None:
+def _base(name: Any, from_checkpoint: bool, load: str | None) -> ModelConfig | None:
     """The shape that single flags override: the preset's, or the checkpoint's."""
     if not from_checkpoint:
         return None if name is None else preset(str(name))
     if name is not None:
         raise RequestError(f"--use-checkpoint-args contradicts --model {name}: either says what the model's shape is")
-    if settings.get("load") is None:
+    if load is None:
         raise RequestError("--use-checkpoint-args needs --load: the checkpoint that has the shape")
-    return ModelConfig(**read_manifest(find_checkpoint(settings["load"])).model)
+    checkpoint = find_checkpoint(load)
+    return model_of(read_manifest(checkpoint), f"--load {checkpoint}: {MANIFEST}")[0]
 
 
 def _model(base: ModelConfig | None, values: dict[str, Any], tokenizer: str | None) -> ModelConfig:

@@ -21,24 +21,20 @@ and its optimizer's state is left behind. Nothing is padded. The result is check
 called one: every tensor is read back, and its logits are compared with the source's on a fixed prompt, on Hugging
 Face's side by transformers itself. It appears under its name only then. Memory holds a small piece of the weights at a
 time, the check a tensor.
-Exit codes: 0 done, 1 the check failed (nothing is left behind), 2 the request is wrong.
+Exit codes: 0 done, 1 the check failed, 2 the request is wrong, 130 interrupted. Nothing is left behind but by 0.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
-import os
-import shutil
+import math
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from tqdm import tqdm
 
-from megatron_ext.checkpoint.read import Weights
 from megatron_ext.errors import RequestError
 from megatron_ext.models.expand import METHODS
 from tools.command import Parser, run
@@ -53,7 +49,8 @@ from tools.conversion.formats.native import open_native, write_native
 from tools.conversion.formats.peft_folder import ADAPTER_WEIGHTS, open_adapters, write_peft
 from tools.conversion.formats.safetensors_file import SafetensorsFiles
 from tools.conversion.proof.prove import Form, NotEqual, prove, prove_weights
-from tools.conversion.source import Source, WatchedWeights, bytes_of
+from tools.conversion.source import Source, WatchedWeights
+from tools.output_folder import appearing, check_new, check_room, writing
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHARD_GB = 5.0
@@ -101,10 +98,7 @@ def build_parser() -> Parser:
 def work(options: argparse.Namespace) -> int:
     _check_flags(options)
     output = Path(options.output)
-    if output.exists():
-        raise RequestError(f"--output {output} exists already: remove it or choose another name")
-    if not output.resolve().parent.is_dir():
-        raise RequestError(f"--output {output}: {output.resolve().parent} is not a directory")
+    check_new(output)
     try:
         (_export_adapters if options.target == "peft" else _convert)(options, output)
     except NotEqual as error:
@@ -128,8 +122,8 @@ def _convert(options: argparse.Namespace, output: Path) -> None:
         tokenizer = Path(options.tokenizer)
         ids = tokenizer_files.token_ids(tokenizer_files.read(tokenizer, source))
         source = source.with_tokenizer(tokenizer, ids)
-    _check_room(output, source.weights)
-    with _appearing(output) as folder:
+    check_room(output, source.weights)
+    with appearing(output) as folder:
         _write(source, folder, options)
         if resized is not None:
             write_report(resized.report(), folder)
@@ -141,10 +135,10 @@ def _convert(options: argparse.Namespace, output: Path) -> None:
 
 def _export_adapters(options: argparse.Namespace, output: Path) -> None:
     adapters = open_adapters(Path(options.input), options.base_model)
-    _check_room(output, adapters.weights)
-    with _appearing(output) as folder:
+    check_room(output, adapters.weights)
+    with appearing(output) as folder:
         watched = WatchedWeights(adapters.weights)
-        with watched.bar, _writing(output):
+        with watched.bar, writing(output):
             write_peft(dataclasses.replace(adapters, weights=watched), folder)
         if not options.no_verify:
             print(prove_weights(adapters.weights, SafetensorsFiles(folder, [ADAPTER_WEIGHTS])))
@@ -169,8 +163,8 @@ def _check_flags(options: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} has no effect with --{preposition} {getattr(options, side)}: "
                 f"it belongs to --{preposition} {form}"
             )
-    if options.max_shard_gb is not None and not options.max_shard_gb > 0:
-        raise RequestError(f"--max-shard-gb {options.max_shard_gb}: must be above 0")
+    if options.max_shard_gb is not None and not 0 < options.max_shard_gb * 1e9 < math.inf:
+        raise RequestError(f"--max-shard-gb {options.max_shard_gb}: must be a finite number above 0")
     if options.target == "peft":
         if options.source != "native":
             raise RequestError(f"--from {options.source} --to peft: adapters are exported from native checkpoints only")
@@ -200,21 +194,13 @@ def _check_changes(options: argparse.Namespace, source: Source) -> None:
         print("leaving the optimizer's state behind")
     if source.merged_adapters or source.has_optimizer:
         return
-    changes = ("dtype", "embedding_init", "max_shard_gb", "model_type", "vocab_size")
+    changes = ["dtype", "embedding_init", *(name for name, (_, form) in _OF_ONE_FORM.items() if form == options.source)]
+    if options.source == "hf":
+        changes.append("tokenizer")
     if options.source == options.target and all(getattr(options, name) is None for name in changes):
+        *flags, last = (f"--{name.replace('_', '-')}" for name in changes)
         way = f"--from {options.source} --to {options.target}"
-        flags = (
-            "--dtype, --embedding-init or --max-shard-gb" if options.target == "hf" else "--dtype or --embedding-init"
-        )
-        raise RequestError(f"{way}: nothing to convert without {flags}")
-
-
-def _check_room(output: Path, weights: Weights) -> None:
-    size = sum(bytes_of(weights, name) for name in weights.shapes)
-    free = shutil.disk_usage(output.resolve().parent).free
-    if size > free:
-        needed, there = (tqdm.format_sizeof(value, "B") for value in (size, free))
-        raise RequestError(f"--output {output}: needs {needed}, and {there} are free on its disk")
+        raise RequestError(f"{way}: nothing to convert without {', '.join(flags)} or {last}")
 
 
 def _resize(source: Source, options: argparse.Namespace) -> Resized:
@@ -232,7 +218,7 @@ def _resize(source: Source, options: argparse.Namespace) -> Resized:
 def _write(source: Source, folder: Path, options: argparse.Namespace) -> None:
     watched = WatchedWeights(source.weights)
     source = dataclasses.replace(source, weights=watched)
-    with watched.bar, _writing(options.output):
+    with watched.bar, writing(options.output):
         if options.target == "native":
             write_native(source, folder)
         elif options.target == "megatron-core":
@@ -243,34 +229,17 @@ def _write(source: Source, folder: Path, options: argparse.Namespace) -> None:
                 tokenizer_files.copy(source.tokenizer, folder)
 
 
-@contextlib.contextmanager
-def _writing(output: str | Path) -> Iterator[None]:
-    """Within, what goes wrong with files went wrong with the result. (Sources raise RequestErrors of their own.)"""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; gives its exit code."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it, too, cleans up
     try:
-        yield
-    except (OSError, CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise RequestError(f"--output {output}: cannot be written ({reason})") from error
-
-
-class _appearing:
-    """A folder that exists under its name only once the block has ended well."""
-
-    def __init__(self, final: Path):
-        self._final, self._partial = final, final.with_name(f".{final.name}.tmp")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self._partial, ignore_errors=True)  # of a killed run
-        with _writing(self._final):
-            self._partial.mkdir()
-        return self._partial
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            os.replace(self._partial, self._final)
-        else:
-            shutil.rmtree(self._partial, ignore_errors=True)
+        return run(build_parser(), work, argv)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":
-    sys.exit(run(build_parser(), work, None))
+    sys.exit(main())

@@ -19,11 +19,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_ext.checkpoint import find_checkpoint
+from megatron_ext.checkpoint import find_checkpoint, model_of
 from megatron_ext.checkpoint.digest import sha256_of
 from megatron_ext.checkpoint.directory import LATEST, MANIFEST, Manifest, leftovers, parse_manifest
 from megatron_ext.checkpoint.read import WeightReader, Weights
-from megatron_ext.checkpoint.verify import find_problems, model_of
+from megatron_ext.checkpoint.verify import find_problems
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, parameter_shapes, preset, preset_names
 from megatron_ext.models.names import is_adapter
@@ -100,6 +100,8 @@ def work(options: argparse.Namespace) -> int:
     elif is_native:
         reports = [_verify_latest(folder, checksums)]
     elif (folder / CONFIG).is_file():
+        if options.no_checksums and not options.json:
+            raise RequestError(f"--no-checksums: DIR {folder} has no digests to compare; only --json computes them")
         reports = [_verify_hugging_face(folder, digests=options.json and checksums)]
     else:
         known = f"a checkpoint ({MANIFEST}), a folder of checkpoints ({LATEST}) or a Hugging Face model ({CONFIG})"
@@ -155,9 +157,9 @@ def _describe_native(report: Report, checkpoint: Path, manifest: Manifest) -> No
     progress += f"{manifest.consumed_tokens:,} tokens consumed"
     names = ("iteration", "consumed_samples", "consumed_tokens")
     report.add("progress", progress, **{name: getattr(manifest, name) for name in names})
-    with contextlib.suppress(RequestError, TypeError):  # what is wrong with it is one of the problems
+    with contextlib.suppress(RequestError):  # what is wrong with it is one of the problems
         _describe_model(report, *model_of(manifest))
-    with contextlib.suppress(Exception):  # the same
+    with contextlib.suppress(RequestError):  # the same
         _describe_dtypes(report, WeightReader(checkpoint))
     optimizer = "AdamW, both moments" if manifest.has_optimizer else "none: weights alone"
     report.add("optimizer", optimizer, has_optimizer=manifest.has_optimizer)

@@ -10,6 +10,7 @@ DIR/iter_0000100/             complete: it appears under this name by one rename
 from megatron_ext.checkpoint.compatible import check_compatible, check_trained
 from megatron_ext.checkpoint.directory import Manifest, find_checkpoint, has_checkpoints, read_manifest
 from megatron_ext.checkpoint.load import load_checkpoint
+from megatron_ext.checkpoint.model import model_of
 from megatron_ext.checkpoint.save import CheckpointWriter
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "find_checkpoint",
     "has_checkpoints",
     "load_checkpoint",
+    "model_of",
     "read_manifest",
 ]

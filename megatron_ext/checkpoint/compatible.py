@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint.directory import Manifest
+from megatron_ext.checkpoint.directory import MANIFEST, Manifest
+from megatron_ext.checkpoint.model import model_of
 from megatron_ext.engine import EngineConfig
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
@@ -27,7 +28,7 @@ def check_compatible(
 
     expansion: how the checkpoint's vocabulary is to grow to the model's.
     """
-    stored_model = dataclasses.asdict(ModelConfig(**manifest.model).resolved())
+    stored_model = dataclasses.asdict(model_of(manifest, f"--load {checkpoint}: {MANIFEST}")[0].resolved())
     if expansion is not None:
         expansion.check_vocabulary(stored_model["vocab_size"], f"--load {checkpoint}")
         stored_model["vocab_size"] = expansion.new_size

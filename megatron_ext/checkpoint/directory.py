@@ -125,10 +125,14 @@ def find_checkpoint(path: str | Path, flag: str = "--load") -> Path:
         raise RequestError(f"{flag} {path}: no such directory")
     if not (path / LATEST).is_file():
         raise RequestError(f"{flag} {path}: neither a checkpoint ({MANIFEST}) nor a folder of checkpoints ({LATEST})")
-    name = (path / LATEST).read_text(encoding="utf-8").strip()
-    for checkpoint in (path / name, replaced_path(path, name)):
-        if (checkpoint / MANIFEST).is_file():
-            return checkpoint
+    try:
+        name = (path / LATEST).read_text(encoding="utf-8").strip()
+        for checkpoint in (path / name, replaced_path(path, name)):
+            if (checkpoint / MANIFEST).is_file():
+                return checkpoint
+    except (OSError, ValueError) as error:  # no text, or longer than a path can be
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RequestError(f"{flag} {path}: its '{LATEST}' names no checkpoint ({reason})") from error
     raise RequestError(f"{flag} {path}: its '{LATEST}' names {name!r}, which is not a complete checkpoint there")
 
 
@@ -144,9 +148,7 @@ def parse_manifest(checkpoint: Path, flag: str = "--load") -> Manifest:
     """The manifest, whatever has become of the files that it names."""
     try:
         manifest = Manifest(**json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
-        for name in ("model", "layout", "files", "sha256"):
-            if not isinstance(getattr(manifest, name), dict):
-                raise TypeError(f"its {name} is no table")
+        _check_tables(manifest)
     except (OSError, ValueError, TypeError) as error:
         raise RequestError(f"{flag} {checkpoint}: unreadable {MANIFEST} ({error})") from error
     if manifest.format_version != FORMAT_VERSION:
@@ -154,6 +156,19 @@ def parse_manifest(checkpoint: Path, flag: str = "--load") -> Manifest:
             f"{flag} {checkpoint}: format version {manifest.format_version}, this program reads {FORMAT_VERSION}"
         )
     return manifest
+
+
+def _check_tables(manifest: Manifest) -> None:
+    needed, others = ("model", "layout", "files", "sha256"), ("trainable", "lora", "hugging_face")
+    tables = {name: getattr(manifest, name) for name in (*needed, *others)}
+    if isinstance(manifest.hugging_face, dict):
+        tables |= {f"hugging_face.{name}": content for name, content in manifest.hugging_face.items()}
+    for name, table in tables.items():
+        if not isinstance(table, dict) and not (table is None and name in others):
+            raise TypeError(f"its {name} is no table")
+    for name in ("iteration", "consumed_samples", "consumed_tokens"):
+        if type(getattr(manifest, name)) is not int:
+            raise TypeError(f"its {name} is no whole number")
 
 
 def incomplete_files(checkpoint: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:

@@ -65,7 +65,7 @@ class StoredPiece:
                 window: Any = _Window(stream, self._offset, self._length)
                 tensor: torch.Tensor = torch.load(window, map_location=device, weights_only=True)
         except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0].partition(". ")[0]  # then torch advises to trust the file
             raise RequestError(f"{self._file}: damaged, {self._name} cannot be read ({reason})") from error
         return tensor
 

@@ -15,6 +15,8 @@ from megatron_ext.checkpoint.piece import StoredPiece
 from megatron_ext.checkpoint.state import MODEL
 from megatron_ext.errors import RequestError
 
+METADATA = ".metadata"
+
 
 class Weights(Protocol):
     """A model's weights by global name, read as they are needed.
@@ -62,6 +64,7 @@ class WeightReader:
 
     places: sizes of the stored tensors -> where the weights lie, by name. By default as in native checkpoints.
     check_values: compare every stored piece with its checksum when it is first read.
+    Raises RequestError where .metadata, which says what is stored and where, is damaged or missing.
     """
 
     def __init__(
@@ -72,20 +75,27 @@ class WeightReader:
     ):
         self._checkpoint, self._reader = checkpoint, dcp.FileSystemReader(checkpoint)
         self._check_values, self._pieces = check_values, dict[MetadataIndex, StoredPiece]()
-        metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self._entries = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        self._places = places({key: entry.size for key, entry in self._entries.items()})
+        try:
+            self._entries = self._read_entries()
+            sizes = {key: entry.size for key, entry in self._entries.items()}
+            dtypes = {key: entry.properties.dtype for key, entry in self._entries.items()}
+        except Exception as error:  # a damaged pickle fails in any way
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RequestError(f"{checkpoint / METADATA} cannot be read ({reason})") from error
+        self._places = places(sizes)
         self.shapes: dict[str, torch.Size] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for name, place in self._places.items():
-            entry = self._entries[place.key]
-            self.shapes[name] = entry.size if place.index is None else entry.size[1:]
-            self.dtypes[name] = entry.properties.dtype
+            size = sizes[place.key]
+            self.shapes[name] = size if place.index is None else size[1:]
+            self.dtypes[name] = dtypes[place.key]
+
+    def _read_entries(self) -> dict[str, TensorStorageMetadata]:
+        """What is stored, by key; from then on the reader knows where."""
+        metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        entries = metadata.state_dict_metadata.items()
+        return {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
     def check_whole(self, where: str) -> None:
         """Raise RequestError, a line that starts with `where`, where files are missing or short, or lack rows."""

@@ -9,14 +9,13 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from megatron_ext.checkpoint.digest import sha256_of
 from megatron_ext.checkpoint.directory import MANIFEST, Manifest, incomplete_files
+from megatron_ext.checkpoint.model import model_of
+from megatron_ext.checkpoint.read import METADATA
 from megatron_ext.checkpoint.state import LOSS_SCALER, MODEL, OPTIMIZER, STEPS, random_key
 from megatron_ext.errors import RequestError
-from megatron_ext.models import ModelConfig, parameter_shapes
+from megatron_ext.models import parameter_shapes
 from megatron_ext.optim import TrainableConfig
 from megatron_ext.optim.optimizer import MOMENTS
-from megatron_ext.tensor_parallel import LoraConfig
-
-METADATA = ".metadata"
 
 Problem = tuple[str, str]  # a file of the checkpoint, and what is wrong with it
 Shapes = dict[str, tuple[int, ...] | None]
@@ -38,8 +37,11 @@ def find_problems(
         return
     try:
         asked = asked_tensors(manifest)
-    except (RequestError, TypeError) as error:
-        yield MANIFEST, f"describes no model that this program knows ({error})"
+    except RequestError as error:
+        yield MANIFEST, str(error).removeprefix(f"{MANIFEST} ")
+        return
+    except TypeError as error:
+        yield MANIFEST, f"describes a run that this program does not know ({error})"
         return
     try:
         yield from ((METADATA, what) for what in _tensor_problems(_read_metadata(checkpoint), asked, manifest))
@@ -47,18 +49,11 @@ def find_problems(
         yield METADATA, f"cannot be read ({type(error).__name__}: {error})"
 
 
-def model_of(manifest: Manifest) -> tuple[ModelConfig, LoraConfig | None]:
-    """The model and its adapters. Raises RequestError or TypeError where the manifest does not describe one."""
-    model = ModelConfig(**manifest.model)
-    model.validate()
-    return model, None if manifest.lora is None else LoraConfig(**manifest.lora)
-
-
 def asked_tensors(manifest: Manifest) -> Shapes:
-    """Key -> shape of every tensor that a checkpoint with this manifest must have; None: any. Raises as `model_of`.
+    """Key -> shape of every tensor that a checkpoint with this manifest must have; None: any.
 
     All weights; with optimizer state also both moments of whatever is trained, and the random state of every rank that
-    wrote, whose length depends on its device.
+    wrote, whose length depends on its device. Raises as `model_of`, and TypeError where the manifest describes no run.
     """
     shapes = parameter_shapes(*model_of(manifest))
     asked: Shapes = {MODEL + name: tuple(shape) for name, shape in shapes.items()}

@@ -8,6 +8,7 @@ from typing import IO, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
@@ -18,6 +19,7 @@ from torch.futures import Future
 from megatron_ext.checkpoint.digest import HashingWriter
 from megatron_ext.checkpoint.read import Place, Weights
 from megatron_ext.checkpoint.state import MODEL
+from megatron_ext.errors import RequestError
 
 # Every weight is stored in pieces of whole rows, none larger than this: what is held while writing, and later by a
 # reader of a few rows, stays small. Above 32 MiB glibc returns memory to the system as soon as it is freed: mallopt(3).
@@ -34,13 +36,28 @@ def write_weights(folder: Path, weights: Weights, place: Callable[[str], Place] 
 
     place: name -> where the weight is to lie. By default as in native checkpoints.
     Returns SHA-256 digests, file name -> hex, of the files with tensors.
+    Raises what reading `weights` raises, if it is a RequestError; torch's CheckpointException if writing fails.
     """
     writer = _PieceWriter(folder)
     with warnings.catch_warnings():
         # torch warns that one process is at work, which is what was asked for
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save({}, storage_writer=writer, planner=_PiecePlanner(weights, place), no_dist=True)
+        try:
+            dcp.save({}, storage_writer=writer, planner=_PiecePlanner(weights, place), no_dist=True)
+        except CheckpointException as error:
+            raise _not_of_writing(error) or error from None
     return writer.sha256
+
+
+def _not_of_writing(error: CheckpointException) -> BaseException | None:
+    """What torch has wrapped, if it is the source's RequestError, or an interrupt, also one that a close hid."""
+    for wrapped, _ in error.failures.values():
+        failure: BaseException | None = wrapped
+        while failure is not None:
+            if isinstance(failure, (RequestError, KeyboardInterrupt)):
+                return failure
+            failure = failure.__context__
+    return None
 
 
 def row_pieces(weights: Weights, name: str) -> Iterator[tuple[int, int]]:

@@ -3,9 +3,11 @@
 import dataclasses
 
 from megatron_ext.errors import RequestError
+from megatron_ext.kinds import check_kinds
 from megatron_ext.option import option, refuse_unused
 
 ACTIVATIONS = ("swiglu", "gelu", "gelu-tanh", "relu")
+_MOST_LAYERS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +76,18 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raise RequestError where the numbers do not make a model."""
+        check_kinds(self)  # first: what comes after computes with them
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
-        for name in (*sizes, "num_query_groups", "kv_channels", "window_size"):
+        lengths = ("max_position_embeddings", "rope_original_max_position", "window_size")
+        for name in (*sizes, "num_query_groups", "kv_channels", *lengths):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.num_layers > _MOST_LAYERS:
+            raise RequestError(f"--num-layers {self.num_layers}: must be at most {_MOST_LAYERS}")
+        for name in ("norm_epsilon", "rotary_base", "rope_scaling_factor"):
+            if getattr(self, name) <= 0:
+                raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise RequestError(
                 f"--hidden-size {self.hidden_size} is not a multiple of --num-attention-heads "
@@ -101,7 +110,14 @@ class ModelConfig:
             return
         if self.rope_scaling == "none":
             refuse_unused(self, ("rope_scaling_factor",), "--rope-scaling linear or llama3")
-        if not 0 < self.rotary_percent <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
+        elif self.rope_scaling == "llama3" and not 0 < self.rope_low_freq_factor < self.rope_high_freq_factor:
+            raise RequestError(
+                f"--rope-low-freq-factor {self.rope_low_freq_factor}: must be above 0 and below "
+                f"--rope-high-freq-factor {self.rope_high_freq_factor}"
+            )
+        if not 0 < self.rotary_percent <= 1:
+            raise RequestError(f"--rotary-percent {self.rotary_percent}: must be above 0 and at most 1")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
             share = "" if self.rotary_percent == 1 else f" x --rotary-percent {self.rotary_percent} = {self.rotary_dim}"
             raise RequestError(
                 f"head size {self.head_dim}{share} is odd or none, and rotary embedding turns pairs: use an even one"

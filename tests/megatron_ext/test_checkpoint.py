@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,14 @@ import torch.distributed.checkpoint as dcp
 
 import megatron_ext.checkpoint.directory
 import megatron_ext.checkpoint.save
-from megatron_ext.checkpoint import CheckpointWriter, Manifest, find_checkpoint, load_checkpoint, read_manifest
+from megatron_ext.checkpoint import (
+    CheckpointWriter,
+    Manifest,
+    find_checkpoint,
+    load_checkpoint,
+    model_of,
+    read_manifest,
+)
 from megatron_ext.checkpoint.digest import HashingWriter, sha256_of
 from megatron_ext.checkpoint.directory import LATEST, MANIFEST, partial_path, publish, remove_partials, write_text
 from megatron_ext.checkpoint.load import layout_of
@@ -23,6 +31,8 @@ from megatron_ext.checkpoint.save import check_writable
 from megatron_ext.engine import Engine, EngineConfig
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import build_grid
+from megatron_ext.models import ModelConfig
+from megatron_ext.tensor_parallel import LoraConfig
 from tests.distributed import Pool
 from tests.megatron_ext.training import tiny
 
@@ -70,9 +80,19 @@ def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
         (lambda c: (c / MANIFEST).write_text("[1]"), "unreadable manifest.json"),
         (lambda c: (c / MANIFEST).write_text('{"iteration": 5}'), "unreadable manifest.json"),
         (lambda c: edit(c, files=["data"]), "unreadable manifest.json (its files is no table)"),
+        (lambda c: edit(c, lora=[8]), "unreadable manifest.json (its lora is no table)"),
+        (lambda c: edit(c, trainable="lora"), "unreadable manifest.json (its trainable is no table)"),
+        (lambda c: edit(c, hugging_face=1), "unreadable manifest.json (its hugging_face is no table)"),
+        (
+            lambda c: edit(c, hugging_face={"config.json": None}),
+            "unreadable manifest.json (its hugging_face.config.json is no table)",
+        ),
+        (lambda c: edit(c, consumed_samples="8"), "unreadable manifest.json (its consumed_samples is no whole number)"),
         (lambda c: (c / MANIFEST).unlink(), "names 'iter_0000005', which is not a complete checkpoint there"),
         (lambda c: (c.parent / LATEST).unlink(), "neither a checkpoint (manifest.json) nor a folder of checkpoints"),
         (lambda c: (c.parent / LATEST).write_text("iter_1\n"), "names 'iter_1', which is not a complete checkpoint"),
+        (lambda c: (c.parent / LATEST).write_bytes(b"\xff\xfe"), "its 'latest' names no checkpoint ('utf-8' codec"),
+        (lambda c: (c.parent / LATEST).write_text("x" * 5000), "its 'latest' names no checkpoint (File name too long)"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, spoil: Callable[[Path], object], message: str) -> None:
@@ -82,6 +102,82 @@ def test_damage_is_named(tmp_path: Path, spoil: Callable[[Path], object], messag
     assert message in str(error.value)
     assert str(error.value).startswith(f"--load {tmp_path}")
     assert "\n" not in str(error.value)
+
+
+MODEL = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 2, "vocab_size": 9}
+
+
+def test_the_model_of_a_manifest() -> None:
+    described = dataclasses.replace(manifest(5), model=MODEL)
+    assert model_of(described) == (ModelConfig(**MODEL), None)
+    described = dataclasses.replace(described, lora={"lora_rank": 4, "lora_target_modules": ["q_proj"]})
+    assert model_of(described) == (ModelConfig(**MODEL), LoraConfig(4, lora_target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize(
+    "model, lora, reason",
+    [
+        ({"experts": 8}, None, "unexpected keyword argument 'experts'"),
+        ({"hidden_size": 8.5}, None, "--hidden-size 8.5: must be a whole number"),
+        ({"activation": "swish"}, None, "--activation swish: must be one of swiglu, "),
+        ({}, {"rank": 4}, "unexpected keyword argument 'rank'"),
+        ({}, {"lora_rank": 1.5}, "--lora-rank 1.5: must be a whole number"),
+        ({}, {"lora_rank": 0}, "--lora-rank 0: must be at least 1"),
+        ({}, {"lora_target_modules": 3}, "--lora-target-modules 3: must be a list"),
+        ({}, {"lora_target_modules": ["q_proj", 3]}, "--lora-target-modules 3: must be a text"),
+    ],
+)
+def test_a_model_that_is_not_known(model: dict[str, Any], lora: dict[str, Any] | None, reason: str) -> None:
+    described = dataclasses.replace(manifest(5), model=MODEL | model, lora=lora)
+    with pytest.raises(RequestError) as error:
+        model_of(described, "--load x: manifest.json")
+    assert str(error.value).startswith("--load x: manifest.json describes a model that this program does not know (")
+    assert str(error.value).endswith("): written by a newer version?")
+    assert reason in str(error.value)
+
+
+def test_a_model_that_lacks_a_size() -> None:
+    with pytest.raises(RequestError, match=r"does not know .*missing 4 required"):
+        model_of(manifest(5))
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("hidden_size", 8.5, "--hidden-size 8.5: must be a whole number"),
+        ("hidden_size", math.nan, "--hidden-size nan: must be a whole number"),
+        ("hidden_size", True, "--hidden-size True: must be a whole number"),
+        ("hidden_size", "x\ny", "--hidden-size x y: must be a whole number"),
+        ("hidden_size", "x" * 500, f"--hidden-size {'x' * 80}...: must be a whole number"),
+        ("hidden_size", None, "--hidden-size None: must be a whole number"),
+        ("hidden_size", 10**30, f"--hidden-size {10**30}: must be at most 2147483647"),
+        ("num_query_groups", [2], "--num-query-groups [2]: must be a whole number"),
+        ("position_embedding_offset", -(10**30), f"--position-embedding-offset -{10**30}: must be at most 2147483647"),
+        ("num_layers", 10_001, "--num-layers 10001: must be at most 10000"),
+        ("max_position_embeddings", 0, "--max-position-embeddings 0: must be at least 1"),
+        ("rotary_base", math.inf, "--rotary-base inf: must be a number"),
+        ("rotary_base", 10**400, f"--rotary-base {str(10**400)[:80]}...: must be a number"),
+        ("rotary_base", 0, "--rotary-base 0: must be above 0"),
+        ("norm_epsilon", True, "--norm-epsilon True: must be a number"),
+        ("norm_epsilon", "1e-5", "--norm-epsilon 1e-5: must be a number"),
+        ("norm_epsilon", 0.0, "--norm-epsilon 0.0: must be above 0"),
+        ("rope_scaling_factor", -1.0, "--rope-scaling-factor -1.0: must be above 0"),
+        ("rotary_percent", 1e308, "--rotary-percent 1e+308: must be above 0 and at most 1"),
+        ("qk_layernorm", 1, "--qk-layernorm 1: must be true or false"),
+        ("normalization", "BatchNorm", "--normalization BatchNorm: must be one of RMSNorm, LayerNorm"),
+        ("activation", None, "--activation None: must be a text"),
+    ],
+)
+def test_values_that_make_no_model(field: str, value: Any, message: str) -> None:
+    with pytest.raises(RequestError) as error:
+        ModelConfig(**MODEL | {field: value}).validate()
+    assert str(error.value) == message
+
+
+def test_llama3_scaling_needs_a_passage() -> None:
+    model = MODEL | {"rope_scaling": "llama3", "rope_scaling_factor": 8, "rope_low_freq_factor": 4.0}
+    with pytest.raises(RequestError, match=r"--rope-low-freq-factor 4.0: must be above 0 and below --rope-high-freq"):
+        ModelConfig(**model).validate()
 
 
 def test_another_format_version_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Reading rows of a checkpoint's weights in one process, whatever pieces they are stored in."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_ext.checkpoint import write
 from megatron_ext.checkpoint.read import WeightReader
+from megatron_ext.errors import RequestError
 from tests.weights import InMemory
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -30,6 +33,20 @@ def test_what_torch_stored_in_another_order_is_read_too(tmp_path: Path) -> None:
     turned = torch.randn(6, 8).T
     dcp.save({"model.a": turned}, checkpoint_id=tmp_path, no_dist=True)
     assert torch.equal(WeightReader(tmp_path).read_rows("a", 2, 5), turned[2:5])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x00" * 100, pickle.dumps(["another"]), pickle.dumps(Metadata({"model.a": TensorStorageMetadata(1, 2, 3)}))],
+    ids=("no pickle", "another pickle", "other fields"),
+)
+def test_damaged_metadata_is_one_line(tmp_path: Path, content: bytes) -> None:
+    write.write_weights(tmp_path, InMemory({"a": torch.zeros(4)}))
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(RequestError) as error:
+        WeightReader(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}/.metadata cannot be read (")
+    assert "\n" not in str(error.value)
 
 
 def test_rows_of_a_large_piece_take_no_more_memory_than_they_are(tmp_path: Path) -> None:

@@ -159,6 +159,9 @@ FLAGS: list[tuple[str, dict[str, Any], int]] = [
     ("--rotary-percent 0.5 has no effect without", {"rotary_percent": 0.5, "position_embedding_type": "alibi"}, 1),
     ("--position-embedding-offset 2 has no effect", {"position_embedding_offset": 2}, 1),
     ("--num-layers 0: must be at least 1", {"num_layers": 0}, 1),
+    ("--num-layers 10001: must be at most 10000", {"num_layers": 10001}, 1),
+    (f"--hidden-size {10**30}: must be at most 2147483647", {"hidden_size": 10**30}, 1),
+    ("--norm-epsilon 0.0: must be above 0", {"norm_epsilon": 0}, 1),
     # what is computed with
     ("--bf16 and --fp16 exclude each other", {"bf16": True, "fp16": True}, 1),
     ("--bf16 keeps float32 master weights: drop --params-dtype float64", {"bf16": True, "params_dtype": "float64"}, 1),
@@ -232,6 +235,10 @@ CONFIGS = {
     "seed: true": "--seed True: must be a whole number",
     "bf16: 1": "--bf16 1: must be true or false",
     "save: {a: b}": "--save {'a': 'b'}: must be a text",
+    'use_checkpoint_args: "no"': "--use-checkpoint-args no: must be true or false",
+    "use-checkpoint-args: 0": "--use-checkpoint-args 0: must be true or false",
+    "{use_checkpoint_args: true, load: 5}": "--load 5: no such directory",
+    "{use_checkpoint_args: true, load: [saved]}": "--load ['saved']: must be a text",
     "zero-stage: 7": "--zero-stage 7: must be one of 0, 1, 2, 3",
 }
 
@@ -271,6 +278,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     f"{ITER}: format version 99, this program reads 1": lambda here: edit(
         here / ITER / "manifest.json", format_version=99
     ),
+    f"{ITER}: manifest.json describes a model that this program does not know (": lambda here: edit(
+        here / ITER / "manifest.json", model={"experts": 8}
+    ),
+    "its 'latest' names no checkpoint (": lambda here: (here / "saved/latest").write_bytes(b"\xff"),
 }
 
 

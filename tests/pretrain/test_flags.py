@@ -71,6 +71,11 @@ def test_yaml_values(yaml, content: str, field: str, value: Any) -> None:
     assert type(found) is type(value)
 
 
+@pytest.mark.parametrize("given", ["no", "false", "null", "~"])
+def test_a_yaml_that_does_not_use_the_checkpoints_shape(yaml, given: str) -> None:
+    assert parse(["--config", yaml(f"model: tiny\nuse-checkpoint-args: {given}")]).model == preset("tiny")
+
+
 def test_command_line_values(yaml) -> None:
     words = ["--model", "tiny", "--data-path", "0.3", "a", "0.7", "b", "--pipeline-layers=3,2,2", "--lr=2e-3", "--bf16"]
     config = parse(words)

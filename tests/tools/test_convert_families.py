@@ -114,13 +114,15 @@ def test_what_changed_is_said_and_the_rest_stays(name: str) -> None:
     if family.rotary:
         changes |= {"rotary_base": 5e4, "rope_scaling": "linear", "rope_scaling_factor": 4.0}
         changes["rope_original_max_position"] = 8192  # means nothing there
+    if config["model_type"] == "glm":
+        changes["rotary_percent"] = 0.25
     changed = dataclasses.replace(model, **changes)
     updated = family.update(config, changed)
     assert family.read(updated) == changed
     assert family.update(config, model) == config
     rope = {"rope_parameters", "rope_theta", "rope_scaling"}
     differ = {key for key in config.keys() | updated.keys() if config.get(key) != updated.get(key)} - rope
-    assert differ <= {"vocab_size", "max_position_embeddings", "seq_length"}
+    assert differ <= {"vocab_size", "max_position_embeddings", "seq_length", "partial_rotary_factor"}
     theirs = transformers.AutoConfig.for_model(**updated)  # and transformers understands it so
     if family.rotary:
         assert (theirs.rope_parameters["rope_theta"], theirs.rope_parameters["factor"]) == (5e4, 4.0)
@@ -142,6 +144,10 @@ def test_the_words_of_bigscience(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "scaling": ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
     "windows on some layers": ("qwen2", {"use_sliding_window": True}, "use_sliding_window True of a qwen2 model"),
+    "windows on some layers in other words": ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
+    "no type": ("llama", {"model_type": []}, "model_type [] is not supported"),
+    "a fraction": ("llama", {"hidden_size": 32.5}, "config.json: "),
+    "a word for a number": ("llama", {"rms_norm_eps": "small"}, "config.json: "),
     "norms after": ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before False of a opt model"),
     "narrow embedding": ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim 16 of an opt model"),
     "ALiBi of Falcon-RW": ("falcon 7b", {"alibi": True}, "alibi True of a falcon model is not supported"),
@@ -205,6 +211,53 @@ def test_what_torch_saved_is_read_too(tmp_path: Path) -> None:
     source = open_native(tmp_path / "native")
     whole = source.weights.read_rows("layers.3.mlp.up_proj.weight", 0, 128)
     assert torch.equal(whole, model.state_dict()["transformer.h.3.mlp.dense_h_to_4h.weight"])
+
+
+def only_error(captured: Any) -> str:
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    return str(line)
+
+
+def resave(folder: Path, change: dict[str, torch.Tensor]) -> None:
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | change, file, {"format": "pt"})
+
+
+def test_values_that_a_dtype_cannot_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model("llama", tmp_path / "hf")
+    name = "model.layers.1.mlp.up_proj.weight"
+    large = load_file(tmp_path / "hf" / "model.safetensors")[name].clone()
+    large[3, 3] = 1e6
+    resave(tmp_path / "hf", {name: large})
+    for target in ("hf", "native"):
+        names = ("--from", "hf", "--to", target, "--input", tmp_path / "hf", "--output", tmp_path / "out")
+        assert convert(*names, "--dtype", "float16") == 2
+        ours = "layers.1.mlp.up_proj.weight"
+        said = f"--dtype float16: {ours} has values that it cannot hold, such as 1e+06"
+        assert said in only_error(capsys.readouterr())
+        assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert convert(*names, "--dtype", "bfloat16") == 0
+
+
+def test_dtypes_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model("llama", tmp_path / "hf")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    half = load_file(tmp_path / "hf" / "model.safetensors")[name].bfloat16()
+    resave(tmp_path / "hf", {name: half})
+    names = ("--from", "hf", "--to", "megatron-core", "--input", tmp_path / "hf", "--output", tmp_path / "out")
+    assert convert(*names) == 2
+    assert "they lie in one tensor" in only_error(capsys.readouterr())
+    assert convert(*names, "--dtype", "float32") == 0
+    resave(tmp_path / "hf", {name: half.to(torch.int8)})
+    assert to_native(tmp_path / "hf", tmp_path / "native") == 2
+    assert f"{name} is stored as int8, which cannot be converted" in only_error(capsys.readouterr())
+
+
+def test_one_weight_under_two_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model("llama", tmp_path / "hf")
+    resave(tmp_path / "hf", {"norm.weight": torch.zeros(32)})
+    assert to_native(tmp_path / "hf", tmp_path / "native") == 2
+    assert "model.norm.weight and norm.weight are one weight" in only_error(capsys.readouterr())
 
 
 @pytest.mark.parametrize("name", ["llama", "glm", "bloom"])

@@ -208,4 +208,6 @@ def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     message = refusal(trained.native, "--base-model", other.base)
     assert "layers.0.mlp.gate_proj.weight is (64, 32) there and (48, 32) beside them" in message
     (other.base / "config.json").write_text("{")
-    assert f"--base-model {other.base}: Expecting property name" in refusal(trained.native, "--base-model", other.base)
+    assert f"--base-model {other.base}: config.json cannot be read" in refusal(
+        trained.native, "--base-model", other.base
+    )

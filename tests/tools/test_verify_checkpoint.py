@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -137,7 +138,7 @@ DIFFERS = f"{WEIGHTS} differs from its digest"
         (lambda c: edit(c, lambda m: m.update(format_version=2)), "format version 2, this program reads 1"),
         (lambda c: edit(c, lambda m: m["sha256"].update({WEIGHTS: "0" * 64})), DIFFERS),
         (lambda c: edit(c, lambda m: m["sha256"].pop(WEIGHTS)), f"{WEIGHTS} has only one of size and digest in"),
-        (lambda c: edit(c, lambda m: m["model"].update(heads=1)), "manifest.json describes no model that this program"),
+        (lambda c: edit(c, lambda m: m["model"].update(heads=1)), "manifest.json describes a model that this program"),
         (lambda c: edit(c, lambda m: m["model"].update(num_layers=0)), "--num-layers 0: must be at least 1"),
         (lambda c: edit(c, lambda m: m.update(files={}, sha256={})), ".metadata is not in the list of manifest.json"),
         (
@@ -151,6 +152,10 @@ DIFFERS = f"{WEIGHTS} differs from its digest"
         (
             lambda c: edit(c, lambda m: m["layout"].update(world_size=5)),
             ".metadata lacks random.4",
+        ),
+        (
+            lambda c: edit(c, lambda m: m["trainable"].update(train="all")),
+            "manifest.json describes a run that this program does not know",
         ),
         (
             lambda c: edit(c, lambda m: m["trainable"].update(train_only="embeddings")),
@@ -246,12 +251,14 @@ def test_the_latest_all_and_what_lies_beside(saved: Path, tmp_path: Path, capsys
 def test_a_wrong_request_is_one_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    no_digests = f"--no-checksums: DIR {tmp_path}/bert has no digests to compare; only --json computes them"
     for arguments, message in (
         ((tmp_path / "none",), f"DIR {tmp_path}/none: no such directory"),
         ((tmp_path,), f"DIR {tmp_path}: not a checkpoint (manifest.json), a folder of checkpoints (latest) or a "),
         ((tmp_path, "--all"), f"--all: no checkpoints (iter_*) in DIR {tmp_path}"),
         ((saved / "tp" / "iter_0000001", "--all"), "is a checkpoint itself; give the folder that it is in"),
         ((tmp_path / "bert",), f"DIR {tmp_path}/bert: config.json: model_type 'bert' is not supported"),
+        ((tmp_path / "bert", "--no-checksums"), no_digests),
         ((), "the following arguments are required: DIR"),
     ):
         assert verify(*arguments) == 2
@@ -280,6 +287,8 @@ def test_a_hugging_face_model(hugging_face: Path, capsys: pytest.CaptureFixture[
     assert report["files"] == {
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in shards.items()
     }
+    code, report = verified(capsys, hugging_face, "--no-checksums")
+    assert (code, report["files"]) == (0, {name: {"bytes": len(content)} for name, content in shards.items()})
     assert verify(hugging_face) == 0
     out = capsys.readouterr().out
     assert "3 layers, hidden 32, 4 heads (2 of keys and values), ffn 88, vocabulary 997" in out
@@ -331,6 +340,16 @@ def test_damage_of_a_hugging_face_model(
     assert len(report["problems"]) == 1
     assert problem in report["problems"][0]
     assert not report["problems"][0].startswith("--input")
+
+
+@pytest.mark.parametrize("value", [1.5, math.nan, True, 10**30, "x"])
+def test_a_hugging_face_model_of_no_size(hugging_face: Path, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    config_with(hugging_face, hidden_size=value)
+    capsys.readouterr()
+    assert verify(hugging_face) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"DIR {hugging_face}: config.json: --hidden-size {value}: must be " in err
 
 
 def test_all_broken_shards_are_named(hugging_face: Path, capsys: pytest.CaptureFixture[str]) -> None:

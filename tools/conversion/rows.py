@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from megatron_ext.checkpoint.read import Weights
+from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, parameter_shapes
 
 
@@ -73,7 +74,10 @@ _Segment = tuple[str, int, int]
 
 
 class RowView:
-    """`Weights` whose every tensor is made of rows of others, one range after the other."""
+    """`Weights` whose every tensor is made of rows of others, one range after the other.
+
+    Raises RequestError where those of one tensor differ in dtype.
+    """
 
     def __init__(self, weights: Weights, segments: dict[str, list[_Segment]]):
         self._weights = weights
@@ -85,6 +89,12 @@ class RowView:
             rows = sum(stop - start for _, start, stop in parts)
             self.shapes[name] = torch.Size([rows, *weights.shapes[first][1:]])
             self.dtypes[name] = weights.dtypes[first]
+            other = next((part for part, _, _ in parts if weights.dtypes[part] != self.dtypes[name]), None)
+            if other is not None:
+                raise RequestError(
+                    f"{first} is of {weights.dtypes[first]} and {other} of {weights.dtypes[other]}, but in the result "
+                    f"they lie in one tensor, {name}: give --dtype"
+                )
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         pieces, passed = [], 0

@@ -15,6 +15,7 @@ from megatron_ext.checkpoint.read import Weights
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, parameter_shapes
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
@@ -52,6 +53,7 @@ class Source:
         where: starts the message; description: the file that says what the shapes should be.
         """
         check_shapes(self.weights.shapes, parameter_shapes(self.model), where, description)
+        check_dtypes(self.weights.dtypes, where)
         return self
 
 
@@ -74,6 +76,16 @@ def check_shapes(
         padded = name in longer and found[name][0] >= shape[0] and found[name][1:] == shape[1:]
         if found[name] != shape and not padded:
             raise RequestError(f"{where}: {name} is {tuple(found[name])}, {description} asks for {tuple(shape)}")
+
+
+def check_dtypes(found: dict[str, torch.dtype], where: str) -> None:
+    """Raise RequestError naming the first weight that is no matrix of real numbers, such as a quantized one."""
+    for name, dtype in found.items():
+        if dtype not in _DTYPES:
+            raise RequestError(
+                f"{where}: {name} is stored as {str(dtype).removeprefix('torch.')}, which cannot be converted; "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)} can"
+            )
 
 
 def _with_ids(content: dict[str, Any], token_ids: dict[str, int | None]) -> dict[str, Any]:

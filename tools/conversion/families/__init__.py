@@ -20,7 +20,7 @@ FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN
 def family_of(config: dict[str, Any]) -> Family:
     """The family that config.json names. Raises RequestError."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise RequestError(f"config.json: model_type {model_type!r} is not supported; {', '.join(FAMILIES)} are")
     return FAMILIES[model_type]
 

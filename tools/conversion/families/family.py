@@ -66,7 +66,7 @@ class Family:
             model = ModelConfig(**values | self.fixed | self.read_more(config))
         except RequestError:
             raise
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise RequestError(f"config.json: does not describe a {self.model_type} model ({reason})") from error
         try:
@@ -99,5 +99,5 @@ class Family:
         changed = {name: value for name, value in after.items() if before.get(name) != value}
         if not changed.keys().isdisjoint(("rope_theta", "rope_scaling", "partial_rotary_factor")):
             config = {name: value for name, value in config.items() if name != "rope_parameters"}
-            changed |= {name: after[name] for name in ("rope_theta", "rope_scaling")}
+            changed |= write_rope(model)
         return config | changed

@@ -3,10 +3,21 @@
 Source: modeling_qwen2.py.
 """
 
+from typing import Any
+
+from megatron_ext.errors import RequestError
 from tools.conversion.families.family import Family
 from tools.conversion.families.llama import LLAMA_FIELDS, LLAMA_RULES
 
 QWEN_ABSENT = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768}
+
+
+def read_windows(config: dict[str, Any]) -> dict[str, Any]:
+    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
+    if kinds:
+        raise RequestError(f"config.json: layer_types {min(kinds)!r} is not supported; 'full_attention' is")
+    return {}
+
 
 QWEN2 = Family(
     model_type="qwen2",
@@ -16,4 +27,5 @@ QWEN2 = Family(
     absent=QWEN_ABSENT | {"num_key_value_heads": 32},
     fixed={"add_qkv_bias": True},
     demanded={"hidden_act": "silu", "use_sliding_window": False},
+    read_more=read_windows,
 )

@@ -2,7 +2,7 @@
 
 from tools.conversion.families.family import Family
 from tools.conversion.families.llama import HEAD_DIM, LLAMA_FIELDS, LLAMA_RULES
-from tools.conversion.families.qwen2 import QWEN_ABSENT
+from tools.conversion.families.qwen2 import QWEN_ABSENT, read_windows
 
 QWEN3 = Family(
     model_type="qwen3",
@@ -12,4 +12,5 @@ QWEN3 = Family(
     absent=QWEN_ABSENT | {"num_key_value_heads": 32, "head_dim": 128},
     fixed={"qk_layernorm": True},
     demanded={"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
+    read_more=read_windows,
 )

@@ -16,20 +16,21 @@ from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.names import EMBEDDING, HEAD
 from tools.conversion.families import FAMILIES, Family, family_for, family_of
+from tools.conversion.formats.json_file import read_table
 from tools.conversion.formats.safetensors_file import INDEX, SINGLE, SafetensorsFiles, write_safetensors
 from tools.conversion.formats.tensor_files import TensorFiles
 from tools.conversion.formats.torch_files import TorchFiles
 from tools.conversion.rows import Binding, bind, theirs_shapes, to_ours, to_theirs
-from tools.conversion.source import CONFIG, GENERATION, Source, bytes_of, check_shapes
+from tools.conversion.source import CONFIG, GENERATION, Source, bytes_of, check_dtypes, check_shapes
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def open_hf(folder: Path) -> Source:
     """The model in `folder`; raises RequestError where a file is missing, broken or of an unknown model."""
-    files = {CONFIG: _read_json(folder, CONFIG)}
+    files = {CONFIG: read_table(folder, CONFIG)}
     if (folder / GENERATION).is_file():
-        files[GENERATION] = _read_json(folder, GENERATION)
+        files[GENERATION] = read_table(folder, GENERATION)
     try:
         family = family_of(files[CONFIG])
         model = family.read(files[CONFIG])
@@ -39,16 +40,6 @@ def open_hf(folder: Path) -> Source:
     bindings = _locate(bind(family.rules, model), stored, family, model, f"--input {folder}")
     weights = to_ours(stored, bindings, model)
     return Source(model, weights, tokenizer=folder, origin="hugging face", hugging_face=files)
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--input {folder}: {name} cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise RequestError(f"--input {folder}: {name} is no table of fields")
-    return content
 
 
 def open_tensors(folder: Path) -> TensorFiles:
@@ -62,9 +53,13 @@ def _locate(bindings: list[Binding], stored: Weights, family: Family, model: Mod
     prefix = family.optional_prefix
     wanted = theirs_shapes(bindings, model)
     whole = {name if name in wanted or prefix + name not in wanted else prefix + name: name for name in stored.shapes}
+    if len(whole) < len(stored.shapes):
+        short = next(name for name in stored.shapes if prefix + name in stored.shapes)
+        raise RequestError(f"{where}: {prefix}{short} and {short} are one weight: remove one of them")
     found = {full: name for full, name in whole.items() if not full.endswith(family.derived)}
     spare_head = found.pop(HEAD, None) if HEAD not in wanted else None
     check_shapes({full: stored.shapes[name] for full, name in found.items()}, wanted, where, CONFIG)
+    check_dtypes({name: stored.dtypes[name] for name in found.values()}, where)
     located = [dataclasses.replace(binding, theirs=found[binding.theirs]) for binding in bindings]
     if spare_head is not None:
         embedding = next(binding.theirs for binding in located if EMBEDDING in binding.ours)

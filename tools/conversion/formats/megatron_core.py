@@ -28,7 +28,7 @@ from megatron_ext.models import ModelConfig
 from megatron_ext.models.names import EMBEDDING, HEAD, POSITIONS
 from tools.conversion.formats.megatron_args import from_args, to_args
 from tools.conversion.rows import Rule, bind, key_value_heads, theirs_shapes, to_ours, to_theirs
-from tools.conversion.source import Source, check_shapes
+from tools.conversion.source import Source, check_dtypes, check_shapes
 
 _TRACKER, _RELEASE = "latest_checkpointed_iteration.txt", "release"
 _FORMAT, _COMMON = "metadata.json", "common.pt"
@@ -134,8 +134,8 @@ def open_megatron(folder: Path, vocab_size: int | None = None) -> Source:
     args = common["args"]
     try:
         reader = WeightReader(checkpoint, _numbered, check_values=True)
-    except Exception as error:  # it is a pickle, and may fail in any way
-        raise RequestError(f"{where}: .metadata cannot be read ({error})") from error
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}") from error
     rows = reader.shapes[_WORDS][0] if _WORDS in reader.shapes else 0
     try:
         model = from_args(args, _vocab_size(args, vocab_size, rows))
@@ -144,6 +144,7 @@ def open_megatron(folder: Path, vocab_size: int | None = None) -> Source:
     gate_apart = any(name.endswith(_GATE_APART) for name in reader.shapes)
     bindings = bind(list(_rules(model, gate_apart)), model)
     check_shapes(reader.shapes, theirs_shapes(bindings, model), where, _COMMON, longer=(_WORDS, _OUTPUT))
+    check_dtypes(reader.dtypes, where)
     reader.check_whole(where)
     weights = to_ours(reader, bindings, model)
     return Source(model, weights, tokenizer=None, origin="megatron-core", hugging_face=common.get(_CARRIED))
@@ -174,7 +175,7 @@ def _latest(folder: Path, where: str) -> str:
         raise RequestError(
             f"{where}: neither a checkpoint of megatron-core ({_FORMAT}) nor a folder of them ({_TRACKER})"
         ) from error
-    if name != _RELEASE and not name.isdecimal():
+    if name != _RELEASE and not (name.isdecimal() and len(name) < 20):
         raise RequestError(f"{where}: {_TRACKER} says {name!r}; {_RELEASE!r} or a number is expected")
     return name if name == _RELEASE else f"iter_{int(name):07d}"
 

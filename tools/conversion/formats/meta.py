@@ -6,7 +6,6 @@ https://github.com/meta-llama/llama-models (models/llama3/model.py).
 """
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_ext.models import ModelConfig, preset, preset_names
 from megatron_ext.models.names import EMBEDDING, HEAD
 from tools.conversion.families.llama import LLAMA
 from tools.conversion.formats.hf_folder import CONFIG
+from tools.conversion.formats.json_file import read_table
 from tools.conversion.formats.torch_files import TorchFiles
 from tools.conversion.source import Source
 
@@ -91,11 +91,7 @@ def open_meta(folder: Path, max_position_embeddings: int | None = None) -> Sourc
 
 def _read_params(where: str, folder: Path) -> dict[str, Any]:
     """The fields of params.json that are not null, all of them known, and numbers."""
-    try:
-        content = json.loads((folder / "params.json").read_text(encoding="utf-8"))
-        params = {field: value for field, value in content.items() if value is not None}
-    except (OSError, ValueError, AttributeError) as error:
-        raise RequestError(f"{where}: params.json cannot be read ({error})") from error
+    params = {field: value for field, value in read_table(folder, "params.json").items() if value is not None}
     known = _REQUIRED | _OPTIONAL | _SCALING | _OF_INFERENCE
     for problem, fields in (("lacks", _REQUIRED - params.keys()), ("has an unknown field", params.keys() - known)):
         if fields:

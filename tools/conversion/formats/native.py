@@ -3,12 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from megatron_ext.checkpoint import Manifest, find_checkpoint, read_manifest
-from megatron_ext.checkpoint.directory import partial_path, publish
+from megatron_ext.checkpoint import Manifest, find_checkpoint, model_of, read_manifest
+from megatron_ext.checkpoint.directory import MANIFEST, partial_path, publish
 from megatron_ext.checkpoint.read import WeightReader, Weights
 from megatron_ext.checkpoint.write import write_weights
-from megatron_ext.models import ModelConfig
-from megatron_ext.tensor_parallel import LoraConfig
 from tools.conversion.changes.lora import MergedWeights
 from tools.conversion.source import Source
 
@@ -17,13 +15,14 @@ def open_native(folder: Path) -> Source:
     """The checkpoint that `folder` is, or whose folder it is; adapters that it has are merged into the weights."""
     checkpoint = find_checkpoint(folder, "--input")
     manifest = read_manifest(checkpoint, "--input")
+    model, lora = model_of(manifest, f"--input {checkpoint}: {MANIFEST}")
     weights: Weights = WeightReader(checkpoint, check_values=True)
     adapters = 0
-    if manifest.lora is not None:
-        weights = merged = MergedWeights(weights, LoraConfig(**manifest.lora))
+    if lora is not None:
+        weights = merged = MergedWeights(weights, lora)
         adapters = merged.adapters
     source = Source(
-        ModelConfig(**manifest.model),
+        model,
         weights,
         tokenizer=None,
         origin="native",
@@ -31,7 +30,7 @@ def open_native(folder: Path) -> Source:
         merged_adapters=adapters,
         has_optimizer=manifest.has_optimizer,
     )
-    return source.check(f"--input {checkpoint}", "manifest.json")
+    return source.check(f"--input {checkpoint}", MANIFEST)
 
 
 def write_native(source: Source, folder: Path) -> None:

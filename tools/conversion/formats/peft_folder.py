@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from megatron_ext.checkpoint import find_checkpoint, read_manifest
+from megatron_ext.checkpoint import find_checkpoint, model_of, read_manifest
+from megatron_ext.checkpoint.directory import MANIFEST
 from megatron_ext.checkpoint.read import WeightReader, Weights
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, parameter_shapes
@@ -22,6 +23,7 @@ from megatron_ext.optim import TrainableConfig
 from megatron_ext.tensor_parallel import LoraConfig
 from tools.conversion.families import Family, family_of
 from tools.conversion.formats.hf_folder import describe
+from tools.conversion.formats.json_file import read_table
 from tools.conversion.formats.safetensors_file import write_safetensors
 from tools.conversion.rows import bind
 from tools.conversion.source import CONFIG, Source
@@ -57,7 +59,8 @@ def open_adapters(folder: Path, base_model: str | None) -> Adapters:
     manifest = read_manifest(checkpoint, "--input")
     if manifest.lora is None:
         raise RequestError(f"--input {checkpoint}: there are no LoRA adapters in it; --to hf exports the whole model")
-    model, lora = ModelConfig(**manifest.model), LoraConfig(**manifest.lora)
+    model, lora = model_of(manifest, f"--input {checkpoint}: {MANIFEST}")
+    assert lora is not None
     stored = WeightReader(checkpoint, check_values=True)
     for name, shape in parameter_shapes(model, lora).items():
         if stored.shapes.get(name) != shape:
@@ -74,14 +77,14 @@ def _check_base(base_model: str, model: ModelConfig) -> str | None:
 
     Raises RequestError unless all shapes are those of `model`, rows of the vocabulary aside.
     """
-    file = Path(base_model) / CONFIG
-    if not file.is_file():
-        return None
+    folder = Path(base_model)
+    if not folder.exists() and not base_model.startswith((".", "/")):
+        return None  # a name on the Hub
+    config = read_table(folder, CONFIG, "--base-model")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
         family = family_of(config)
         base = family.read(config)
-    except ValueError as error:  # of JSON, or a RequestError
+    except RequestError as error:
         raise RequestError(f"--base-model {base_model}: {error}") from error
     theirs = parameter_shapes(dataclasses.replace(base, vocab_size=model.vocab_size))
     ours = parameter_shapes(model)

@@ -91,7 +91,7 @@ class SafetensorsFiles(TensorFiles):
             header = json.loads(text)
         except FileNotFoundError as error:
             raise self._error(f"{file} is missing") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise self._broken(file, str(error)) from error
         if not isinstance(header, dict):
             raise self._broken(file, "its header is no table")

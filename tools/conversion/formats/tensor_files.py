@@ -1,7 +1,6 @@
 """Files of tensors in a folder, one after the other in each, as `Weights`."""
 
 import abc
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_ext.errors import RequestError
+from tools.conversion.formats.json_file import read_table
 
 
 class Entry(NamedTuple):
@@ -60,11 +60,12 @@ class TensorFiles(abc.ABC):
         """
         if not (folder / cls.index).is_file():
             return cls(folder, [cls.single])
-        try:
-            places: dict[str, str] = json.loads((folder / cls.index).read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(map(str, places.values())))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise RequestError(f"--input {folder}: {cls.index} cannot be read ({error})") from error
+        places = read_table(folder, cls.index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+            raise RequestError(
+                f"--input {folder}: {cls.index} cannot be read (it has no weight_map of tensors to files)"
+            )
+        files = sorted(set(places.values()))
         weights = cls(folder, files)
         for name, file in places.items():
             if weights.files.get(name) != file:

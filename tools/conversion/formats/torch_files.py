@@ -41,7 +41,8 @@ class TorchFiles(TensorFiles):
                     f"the rows of {name} in {file} do not lie one after the other: save it with .contiguous()"
                 )
             storage = tensor.untyped_storage()._checkpoint_offset  # as torch's GPUDirect Storage tutorial reads it
-            assert storage is not None
+            if storage is None:
+                raise self._broken(file, f"{name} was saved without values, from the device meta")
             yield Entry(name, tensor.shape, tensor.dtype, storage + int(tensor.storage_offset()) * tensor.itemsize)
 
     def _load_description(self, file: str) -> dict[str, torch.Tensor]:
@@ -59,7 +60,10 @@ class TorchFiles(TensorFiles):
             raise self._other(file) from error
         except (OSError, RuntimeError, ValueError) as error:
             raise self._broken(file, str(error).partition(". ")[0]) from error
-        if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        tensors = isinstance(content, dict) and all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+        )
+        if not tensors:
             raise self._other(file)
         return content
 

@@ -49,7 +49,12 @@ def run_transformers(folder: Path, tensors: Weights, ids: torch.Tensor) -> Outpu
         if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
     )
     options = {"attention_mask": torch.ones_like(ids), "use_cache": False}
-    return record(layers, lambda: model(input_ids=ids, **options).logits, "running transformers' model")
+    try:
+        return record(layers, lambda: model(input_ids=ids, **options).logits, "running transformers' model")
+    except RequestError:
+        raise
+    except Exception as error:  # of many kinds, by model
+        raise RequestError(f"{folder}: transformers cannot run what {CONFIG} describes ({error})") from error
 
 
 def _without_values(folder: Path) -> Any:
