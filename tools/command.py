@@ -1,6 +1,7 @@
 """What every program in this room does alike: a parser with one-line errors, and exit code 2 for a wrong request."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -30,3 +31,15 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], int], arguments: Se
     except RequestError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def run_to_write(parser: Parser, work: Callable[[argparse.Namespace], int], arguments: Sequence[str] | None) -> int:
+    """The same of a program that cleans up when it is interrupted, by Ctrl-C or SIGTERM: the exit code is then 130."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run(parser, work, arguments)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -17,18 +17,16 @@
         random             as a model's weights start
 
 Any source goes to any target (to peft: native only). LoRA adapters of a native checkpoint are merged into its weights,
-and its optimizer's state is left behind. Nothing is padded. The result is checked before it is
-called one: every tensor is read back, and its logits are compared with the source's on a fixed prompt, on Hugging
-Face's side by transformers itself. It appears under its name only then. Memory holds a small piece of the weights at a
-time, the check a tensor.
-Exit codes: 0 done, 1 the check failed, 2 the request is wrong, 130 interrupted. Nothing is left behind but by 0.
+and its optimizer's state is left behind. Nothing is padded. The result is checked before it appears under its name:
+every tensor is read back, and its logits are compared with the source's on a fixed prompt, on Hugging Face's side by
+transformers itself. Memory holds a small piece of the weights at a time, the check a tensor.
+Exit codes: 0 done, 1 the check failed, 2 the request is wrong, 130 interrupted. Only 0 leaves a result.
 """
 
 import argparse
 import dataclasses
 import functools
 import math
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +35,7 @@ import torch
 
 from megatron_ext.errors import RequestError
 from megatron_ext.models.expand import METHODS
-from tools.command import Parser, run
+from tools.command import Parser, run_to_write
 from tools.conversion.changes.cast import CastWeights
 from tools.conversion.changes.resize import Resized, resize, write_report
 from tools.conversion.families import FAMILIES
@@ -231,14 +229,7 @@ def _write(source: Source, folder: Path, options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; gives its exit code."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it, too, cleans up
-    try:
-        return run(build_parser(), work, argv)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    return run_to_write(build_parser(), work, argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ dataset lies PREFIX.json, which says how it was made; training checks its flags 
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_ext.errors import RequestError
-from tools.command import Parser, run
+from tools.command import Parser, run_to_write
 from tools.preprocessing.documents import read_chunks, size_on_disk
 from tools.preprocessing.encode import Recipe, encode_all, open_encoder
 from tools.preprocessing.writer import SUFFIXES, DatasetWriter
@@ -130,14 +129,7 @@ def preprocess(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; gives its exit code: 0 done, 2 the request is wrong, 130 interrupted."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it, too, cleans up
-    try:
-        return run(parser(), work, argv)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    return run_to_write(parser(), work, argv)
 
 
 def work(args: argparse.Namespace) -> int:
