@@ -11,6 +11,7 @@ from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.expand import Expansion
 from megatron_ext.optim import TrainableConfig
+from megatron_ext.tensor_parallel import LoraConfig
 
 # fields that change no stored tensor and that people change on purpose: a checkpoint may be continued with others
 _FREE_FIELDS = frozenset({"init_method_std", "max_position_embeddings", "norm_epsilon", "rotary_base", "window_size"})
@@ -62,7 +63,8 @@ def check_trained(manifest: Manifest, config: EngineConfig, checkpoint: Path, we
             f"--load {checkpoint}: it has LoRA adapters: merge them first (python -m tools.convert_checkpoint --from "
             "native --to native), or go on with --train-only lora"
         )
-    stored, asked = _plain(manifest.lora), _plain(dataclasses.asdict(config.adapters))
+    stored = _plain(dataclasses.asdict(LoraConfig()) | manifest.lora)
+    asked = _plain(dataclasses.asdict(config.adapters))
     for name, value in asked.items():
         if stored[name] != value and name not in _FREE_LORA_FIELDS:
             raise RequestError(

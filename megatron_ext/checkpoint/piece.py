@@ -11,6 +11,15 @@ import torch
 from megatron_ext.errors import RequestError
 
 
+def values_offset(described: torch.Tensor) -> int | None:
+    """Where in its file the values of a tensor begin, in bytes, that torch.load put on the device "meta".
+
+    None: there are none. (Read as torch's GPUDirect Storage tutorial does.)
+    """
+    start = described.untyped_storage()._checkpoint_offset
+    return None if start is None else start + int(described.storage_offset()) * described.itemsize
+
+
 class StoredPiece:
     """One stored piece, of which any block of consecutive elements can be read without the rest.
 
@@ -22,9 +31,10 @@ class StoredPiece:
         described = self._load("meta")
         self.shape: torch.Size = described.shape
         self._dtype = described.dtype
-        start = described.untyped_storage()._checkpoint_offset  # as torch's GPUDirect Storage tutorial reads it
-        assert start is not None
-        self._values = offset + start + int(described.storage_offset()) * described.itemsize
+        start = values_offset(described)
+        if start is None:
+            raise RequestError(f"{file}: damaged, {name} was stored without values")
+        self._values = offset + start
         self._contiguous = described.is_contiguous()
 
     def check_values(self) -> None:

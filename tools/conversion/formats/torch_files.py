@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
+from megatron_ext.checkpoint.piece import values_offset
 from megatron_ext.errors import RequestError
 from tools.conversion.formats.tensor_files import Entry, TensorFiles
 
@@ -40,10 +41,10 @@ class TorchFiles(TensorFiles):
                 raise self._error(
                     f"the rows of {name} in {file} do not lie one after the other: save it with .contiguous()"
                 )
-            storage = tensor.untyped_storage()._checkpoint_offset  # as torch's GPUDirect Storage tutorial reads it
-            if storage is None:
+            offset = values_offset(tensor)
+            if offset is None:
                 raise self._broken(file, f"{name} was saved without values, from the device meta")
-            yield Entry(name, tensor.shape, tensor.dtype, storage + int(tensor.storage_offset()) * tensor.itemsize)
+            yield Entry(name, tensor.shape, tensor.dtype, offset)
 
     def _load_description(self, file: str) -> dict[str, torch.Tensor]:
         """The tensors of a file without their values."""
