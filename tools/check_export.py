@@ -15,6 +15,7 @@ import torch
 
 from megatron_ext.errors import RequestError
 from megatron_ext.models.decoder import Decoder, whole_model
+from megatron_ext.models.names import EMBEDDING, HEAD
 from tools.command import Parser, run
 from tools.conversion.formats.native import open_native
 
@@ -38,7 +39,7 @@ def load_native(folder: Path) -> Decoder:
     decoder = whole_model(source.model)
     weights = {name: source.weights.read_rows(name, 0, shape[0]) for name, shape in source.weights.shapes.items()}
     if decoder.config.tied:
-        weights["lm_head.weight"] = weights["embed_tokens.weight"]
+        weights[HEAD] = weights[EMBEDDING]
     decoder.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return decoder
 

@@ -31,6 +31,7 @@ from megatron_ext.tensor_parallel import LoraConfig
 from tools.command import Parser, run
 from tools.conversion.families import family_of
 from tools.conversion.formats.hf_folder import CONFIG, open_hf, open_tensors
+from tools.conversion.formats.json_file import read_table
 from tools.conversion.formats.safetensors_file import INDEX, SafetensorsFiles
 
 # a model continued from a preset may have others of these
@@ -179,12 +180,16 @@ def _describe_native(report: Report, checkpoint: Path, manifest: Manifest) -> No
 def _verify_hugging_face(folder: Path, digests: bool) -> Report:
     report = Report(folder, "Hugging Face model")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_table(folder, CONFIG, "DIR")
+    except RequestError as error:
+        report.problems = [_reason(error, "DIR", folder)]
+        return report
+    try:
         model_type, model = config["model_type"], family_of(config).read(config)
     except RequestError as error:
         raise RequestError(f"DIR {folder}: {error}") from error
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        report.problems = [f"{CONFIG} cannot be read ({type(error).__name__}: {error})"]
+    except LookupError as error:
+        report.problems = [f"{CONFIG} lacks {error}"]
         return report
     report.add("origin", f"model_type {model_type}", model_type=model_type)
     _describe_model(report, model, None)
@@ -206,9 +211,8 @@ def _verify_hugging_face(folder: Path, digests: bool) -> Report:
 def _broken_shards(folder: Path) -> list[str]:
     """What is wrong with each of the files that the index names, if there is an index."""
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        files = sorted(set(map(str, index["weight_map"].values())))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        files = sorted(set(map(str, read_table(folder, INDEX)["weight_map"].values())))
+    except (RequestError, LookupError, AttributeError):
         return []
     problems = []
     for file in files:

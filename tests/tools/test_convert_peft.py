@@ -16,9 +16,8 @@ from megatron_ext.models.decoder import whole_model
 from megatron_ext.models.names import EMBEDDING, HEAD
 from megatron_ext.tensor_parallel import LoraConfig, add_adapters
 from tests.megatron_ext.training import tiny
+from tests.tools.test_convert_checkpoint import convert
 from tests.weights import InMemory
-from tools import convert_checkpoint
-from tools.command import run
 from tools.conversion.families import FAMILIES
 
 transformers = pytest.importorskip("transformers")
@@ -46,10 +45,6 @@ FAMILY_SHAPES: dict[str, dict[str, Any]] = {
 }
 FAMILY_CASES = [("bloom", ("o_proj", "up_proj", "down_proj")), ("opt", ("q_proj", "o_proj", "up_proj", "down_proj"))]
 IDS = torch.arange(40).view(2, 20) * 7 % 90
-
-
-def convert(*arguments: object) -> int:
-    return run(convert_checkpoint.build_parser(), convert_checkpoint.work, [str(word) for word in arguments])
 
 
 def save(root: Path, model: ModelConfig, tensors: dict[str, torch.Tensor], lora: LoraConfig | None) -> Path:

@@ -15,8 +15,7 @@ from megatron_ext.errors import RequestError
 from megatron_ext.mesh import build_grid
 from tests.distributed import Pool
 from tests.megatron_ext.training import global_batch, share, tiny
-from tools import convert_checkpoint
-from tools.command import run
+from tests.tools.test_convert_checkpoint import convert
 
 LORA: dict[str, Any] = {"train_only": "lora", "num_query_groups": 2}
 
@@ -56,10 +55,6 @@ def refusal(config: EngineConfig, checkpoint: Path) -> str:
     with pytest.raises(RequestError) as error:
         load_checkpoint(build(config), checkpoint)
     return str(error.value)
-
-
-def convert(*arguments: object) -> int:
-    return run(convert_checkpoint.build_parser(), convert_checkpoint.work, [str(word) for word in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,6 @@ class Family:
         rotary: theta and scaling of the rotation stand in config.json.
         read_more: config.json -> further ModelConfig fields; raises RequestError for what is not supported.
         write_more: ModelConfig -> further fields of config.json.
-        derived: endings of names of stored tensors that follow from the configuration.
         optional_prefix: of tensors' names, left out by folders that hold the model without its head.
     """
 
@@ -46,7 +45,6 @@ class Family:
     rotary: bool = True
     read_more: Callable[[Config], dict[str, Any]] = _nothing
     write_more: Callable[[ModelConfig], Config] = _nothing
-    derived: tuple[str, ...] = ("rotary_emb.inv_freq", "attn.masked_bias")
     optional_prefix: str = "model."
 
     def read(self, config: Config) -> ModelConfig:

@@ -23,6 +23,7 @@ from tools.conversion.formats.torch_files import TorchFiles
 from tools.conversion.rows import Binding, bind, theirs_shapes, to_ours, to_theirs
 from tools.conversion.source import CONFIG, GENERATION, Source, bytes_of, check_dtypes, check_shapes
 
+_DERIVED = "rotary_emb.inv_freq"  # old folders also store what follows from config.json
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -56,7 +57,7 @@ def _locate(bindings: list[Binding], stored: Weights, family: Family, model: Mod
     if len(whole) < len(stored.shapes):
         short = next(name for name in stored.shapes if prefix + name in stored.shapes)
         raise RequestError(f"{where}: {prefix}{short} and {short} are one weight: remove one of them")
-    found = {full: name for full, name in whole.items() if not full.endswith(family.derived)}
+    found = {full: name for full, name in whole.items() if not full.endswith(_DERIVED)}
     spare_head = found.pop(HEAD, None) if HEAD not in wanted else None
     check_shapes({full: stored.shapes[name] for full, name in found.items()}, wanted, where, CONFIG)
     check_dtypes({name: stored.dtypes[name] for name in found.values()}, where)

@@ -26,7 +26,7 @@ from tools.conversion.formats.hf_folder import describe
 from tools.conversion.formats.json_file import read_table
 from tools.conversion.formats.safetensors_file import write_safetensors
 from tools.conversion.rows import bind
-from tools.conversion.source import CONFIG, Source
+from tools.conversion.source import CONFIG, Source, check_shapes
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -62,10 +62,7 @@ def open_adapters(folder: Path, base_model: str | None) -> Adapters:
     model, lora = model_of(manifest, f"--input {checkpoint}: {MANIFEST}")
     assert lora is not None
     stored = WeightReader(checkpoint, check_values=True)
-    for name, shape in parameter_shapes(model, lora).items():
-        if stored.shapes.get(name) != shape:
-            found = _shape(stored.shapes, name)
-            raise RequestError(f"--input {checkpoint}: {name} is {found}, manifest.json asks for {tuple(shape)}")
+    check_shapes(stored.shapes, parameter_shapes(model, lora), f"--input {checkpoint}", MANIFEST)
     model_type = None if base_model is None else _check_base(base_model, model)
     source = Source(model, stored, tokenizer=None, origin="native", hugging_face=manifest.hugging_face)
     family, _ = describe(source, model_type)
