@@ -79,13 +79,13 @@ def ours(model: ModelConfig, batch: BatchConfig, trainable: TrainableConfig, dev
         moments=lambda: (_local(m) for name in engine.optimizer.params for m in _held(engine, name)),
         flops_per_token=run_flops(config, causal=False),
     )
-    update = engine.optimizer.step
+    update = engine.optimizer.update
 
-    def watched(*arguments: Any) -> torch.Tensor:
+    def watched(*arguments: Any) -> Any:
         contender.look()
         return update(*arguments)
 
-    engine.optimizer.step = watched  # type: ignore[method-assign, assignment]
+    engine.optimizer.update = watched  # type: ignore[method-assign, assignment]
     return contender
 
 

@@ -148,7 +148,7 @@ class Engine:
                 add_adapters(decoder, config.adapters)
         config.trainable.freeze(decoder, config.model.tied)
         distribute_parameters(decoder, grid.mesh["tp"])
-        stage = DataParallel(decoder, grid, config.zero.zero_stage)
+        stage = DataParallel(decoder, grid, config.zero)
         decoder.to_empty(device=grid.device)
         initialize_weights(decoder, config.model, config.seed)
         return stage
@@ -173,12 +173,10 @@ class Engine:
         loss = self.pipeline.forward_backward(batch, scale)
         self.tied.sum_gradients()
         wish = torch.full((), float(stop), dtype=torch.float64, device=self.grid.device)
-        totals = torch.stack([self._share_of_loss(loss), self.optimizer.norm_contribution(), wish])
-        dist.all_reduce(totals)
-        scaled_norm = totals[1].sqrt()
-        skipped = self.optimizer.step(lr, scaled_norm, scale)
+        sums = torch.stack([self._share_of_loss(loss), wish])
+        (mean_loss, wishes), norm, skipped = self.optimizer.update(sums, lr, scale)
         self.loss_scaler.update(skipped)
-        return torch.stack([totals[0], scaled_norm / scale, totals[2], skipped.double()])
+        return torch.stack([mean_loss, norm, wishes, skipped.double()])
 
     def eval_step(self, batch: Batch) -> torch.Tensor:
         """Mean loss of a batch without training on it: float64 scalar on the device, equal on every rank."""

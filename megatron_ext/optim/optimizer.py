@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -68,8 +69,22 @@ class Optimizer:
         """This rank's part of a parameter, or of its gradient or moment, without the rows that are not trained."""
         return _local(tensor)[self._skipped[name] :]
 
+    def update(
+        self, sums: torch.Tensor, lr: float, loss_scale: torch.Tensor | float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Take an optimizer step with the gradients there are, and sum `sums` over the world in the same message.
+
+        sums: float64 [n], this rank's shares. loss_scale: what the gradients are too large by.
+        Returns the totals, the norm of the whole model's gradient before clipping (float64), and float32 1 if the
+        step was skipped for a gradient that is not finite; all on the device, equal on every rank.
+        """
+        totals = torch.cat([sums, self._norm_contribution()[None]])
+        dist.all_reduce(totals)
+        norm = totals[-1].sqrt()
+        return totals[:-1], norm / loss_scale, self._step(lr, norm, loss_scale)
+
     @torch.no_grad()
-    def norm_contribution(self) -> torch.Tensor:
+    def _norm_contribution(self) -> torch.Tensor:
         """This rank's share of the squared global gradient norm, float64: the sum over the world is the square.
 
         Each local part counts by one over the number of ranks of its pipeline stage that hold the same elements.
@@ -91,7 +106,7 @@ class Optimizer:
         return parts * self.grid.size("pp") / self.grid.world_size
 
     @torch.no_grad()
-    def step(self, lr: float, norm: torch.Tensor, loss_scale: torch.Tensor | float) -> torch.Tensor:
+    def _step(self, lr: float, norm: torch.Tensor, loss_scale: torch.Tensor | float) -> torch.Tensor:
         """Clip by the global `norm` of the (scaled) gradients and update; then forget the gradients.
 
         A step whose norm is not finite changes nothing. Returns float32 1 for such a step, else 0. Nothing here

@@ -13,6 +13,20 @@ class ZeroConfig:
         1, "0: nothing, 1: optimizer states, 2: + gradients, 3: + parameters are sharded", choices=(0, 1, 2, 3)
     )
     zero_engine: str = option("torch", "who does it: FSDP2 or DeepSpeed", choices=("torch", "deepspeed"))
+    accumulate_then_reduce: bool = option(
+        False, "stage 3: keep whole gradients until the step's last microbatch, and reduce them once"
+    )
+    grad_reduce_in_bf16: bool = option(False, "with --bf16: gradients travel in bfloat16, not in float32")
+    offload_optimizer: str | None = option(
+        None, "keep optimizer states (and the update) on the host, or on NVMe (DeepSpeed)", choices=("cpu", "nvme")
+    )
+    offload_param: str | None = option(
+        None, "DeepSpeed, stage 3: keep the parameter shards on the host, or on NVMe", choices=("cpu", "nvme")
+    )
+    nvme_path: str | None = option(None, "folder on an NVMe disk for what is offloaded to it", metavar="DIR")
+    deepspeed_config: str | None = option(
+        None, "DeepSpeed's own settings, which must not contradict the flags", metavar="FILE.json"
+    )
 
     def validate(self, model: ModelConfig, tp: int, dp_shard: int) -> None:
         """Raise RequestError where this model cannot be sharded so."""

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models import Decoder
+from megatron_ext.zero.config import ZeroConfig
 
 _BUCKET_ELEMENTS = 1 << 25
 
@@ -34,11 +35,11 @@ class DataParallel:
     rank's shards (DTensors), still on the meta device; materialise them with `to_empty`.
     """
 
-    def __init__(self, decoder: Decoder, grid: ProcessGrid, zero_stage: int):
+    def __init__(self, decoder: Decoder, grid: ProcessGrid, zero: ZeroConfig):
         self.decoder = decoder
         self.module: nn.Module = decoder
         self.grid = grid
-        self.stage = zero_stage if grid.size("dp_shard") > 1 else 0
+        self.stage = zero.zero_stage if grid.size("dp_shard") > 1 else 0
         if self.stage:
             self._shard()
 
