@@ -7,6 +7,7 @@ A step runs every microbatch, makes one collective of three scalars, and updates
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,12 @@ from megatron_ext.errors import RequestError
 from megatron_ext.kernels import KernelConfig, load_kernels
 from megatron_ext.mesh import ParallelConfig, ProcessGrid
 from megatron_ext.models import Decoder, ModelConfig, initialize_weights, parameter_shapes
-from megatron_ext.optim import LossScaler, Optimizer, OptimizerConfig, PrecisionConfig, TrainableConfig
+from megatron_ext.optim import LossScaler, Optimizer, OptimizerConfig, PrecisionConfig, States, TrainableConfig
 from megatron_ext.option import option, refuse_unused
 from megatron_ext.pipeline import SCHEDULES, Pipeline, PipelineConfig, TiedEmbedding, plan_stages
 from megatron_ext.tensor_parallel import LoraConfig, TensorParallel, add_adapters, distribute_parameters
 from megatron_ext.zero import DataParallel, ZeroConfig
+from megatron_ext.zero.states import ModelStates
 
 Batch = dict[str, torch.Tensor]
 
@@ -82,15 +84,20 @@ class EngineConfig:
         batch = self.batch.resolve(dp)
         tp = self.parallel.tensor_model_parallel_size
         self.model.validate_tensor_parallel(tp, self.parallel.sequence_parallel, batch.seq_length)
-        self.zero.validate(self.model, tp, self.parallel.zero_shard_size or dp)
         self.precision.validate()
+        self.zero.validate_flags(self.precision.bf16)
         self._validate_trainable()
         load_kernels(self.kernels)
         pp = self.parallel.pipeline_model_parallel_size
         layout = plan_stages(self.pipeline, self.model, pp, batch.microbatches(dp))
         if tp > 1 and layout.schedule in SCHEDULES and SCHEDULES[layout.schedule].splits_backward:
             _require_split_backward(layout.schedule)
-        return dataclasses.replace(self, batch=batch)
+        resolved = dataclasses.replace(self, batch=batch)
+        if self.zero.zero_engine == "deepspeed":
+            resolved._validate_deepspeed(dp, layout.schedule)
+        else:
+            self.zero.validate_torch(self.model, tp, self.parallel.zero_shard_size or dp)
+        return resolved
 
     def _validate_trainable(self) -> None:
         if self.adapters is None:
@@ -98,6 +105,36 @@ class EngineConfig:
         else:
             self.adapters.validate()
         self.trainable.validate(self.model.vocab_size, self.model.tied, parameter_shapes(self.model, self.adapters))
+
+    def _validate_deepspeed(self, dp: int, schedule: str) -> None:
+        from megatron_ext.zero.deepspeed.check import check_installed, check_run, check_zero
+
+        check_installed()
+        tp, pp = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
+        refuse_unused(self.parallel, ("zero_shard_size",), "--zero-engine torch")
+        check_run(
+            tp=tp,
+            pp=pp,
+            schedule=schedule,
+            tied=self.model.tied,
+            train_only=self.trainable.train_only,
+            compute=self.precision.compute,
+        )
+        check_zero(self.zero, self.deepspeed_settings(dp), tp=tp, pp=pp, dp=dp)
+
+    def deepspeed_settings(self, dp: int) -> dict[str, Any]:
+        """What DeepSpeed gets of this configuration (validated) at this data-parallel size."""
+        from megatron_ext.zero.deepspeed.settings import deepspeed_settings
+
+        assert self.batch.global_batch_size is not None
+        return deepspeed_settings(
+            self.zero,
+            micro_batch_size=self.batch.micro_batch_size,
+            global_batch_size=self.batch.global_batch_size,
+            microbatches=self.batch.microbatches(dp),
+            clip_grad=self.optimizer.clip_grad,
+            bf16=self.precision.bf16,
+        )
 
     @property
     def adapters(self) -> LoraConfig | None:
@@ -128,12 +165,10 @@ class Engine:
             self.layout, self.stages, grid, n_microbatches, config.batch.micro_batch_size, config.batch.seq_length
         )
         self.parameters = self._named_parameters()
-        self.optimizer = Optimizer(
-            config.optimizer, self.parameters, grid, uncounted=self.copies(), first_row=config.trainable.first_row
-        )
+        self.optimizer = self._build_optimizer()
         self.loss_scaler = LossScaler(config.precision, grid.device)
 
-    def _build_stage(self, index: int) -> DataParallel:
+    def _build_stage(self, index: int) -> Any:
         config, grid = self.config, self.grid
         with torch.device("meta"):
             decoder = Decoder(
@@ -148,18 +183,44 @@ class Engine:
                 add_adapters(decoder, config.adapters)
         config.trainable.freeze(decoder, config.model.tied)
         distribute_parameters(decoder, grid.mesh["tp"])
+        if config.zero.zero_engine == "deepspeed":
+            from megatron_ext.zero.deepspeed import DeepSpeedStage
+
+            return DeepSpeedStage(decoder, grid, config.deepspeed_settings(grid.dp_size), config.optimizer)
         stage = DataParallel(decoder, grid, config.zero)
-        decoder.to_empty(device=grid.device)
+        decoder.to_empty(device=stage.device)
         initialize_weights(decoder, config.model, config.seed)
         return stage
 
+    def _build_optimizer(self) -> Any:
+        config = self.config
+        if config.zero.zero_engine == "deepspeed":
+            from megatron_ext.zero.deepspeed import DeepSpeedOptimizer
+
+            (stage,) = self.stages.values()
+            return DeepSpeedOptimizer(stage, config.model, config.seed)
+        copies, first_row = self.copies(), config.trainable.first_row
+        return Optimizer(config.optimizer, self.parameters, self.grid, uncounted=copies, first_row=first_row)
+
     def _named_parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters under their global names. The head that copies a tied embedding keeps its own."""
-        return {name: p for stage in self.stages.values() for name, p in stage.module.named_parameters()}
+        return {name: p for stage in self.stages.values() for name, p in stage.decoder.named_parameters()}
 
     def copies(self) -> frozenset[str]:
         """Names of parameters that are copies of one on another stage (the tied head)."""
         return frozenset(name for name, p in self.parameters.items() if p is self.tied.copy)
+
+    def states(self, empty: bool = False) -> States:
+        """What a checkpoint holds of this rank; `empty`: the values do not matter, they will be written over."""
+        return self.optimizer.states(empty)
+
+    def take(self, states: States) -> None:
+        """Go on from these states, which `states` gave and a checkpoint filled."""
+        self.optimizer.take(states)
+
+    def model_states(self) -> ModelStates:
+        """Bytes that this rank holds: weights and optimizer states now, gradients as the last update found them."""
+        return self.optimizer.model_states()
 
     def train_step(self, batch: Batch, lr: float, stop: bool = False) -> torch.Tensor:
         """Forward, backward and update for one global batch.

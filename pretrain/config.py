@@ -115,6 +115,9 @@ class LoggingConfig:
     peak_tflops: float | None = option(
         None, "dense peak of one device, for MFU (default: known from the GPU's name, in bf16)"
     )
+    report_memory: bool = option(
+        False, "measure weights, gradients, optimizer states and the peak on every pipeline rank, beside the formula"
+    )
 
     def validate(self) -> None:
         if self.log_interval < 1:

@@ -1,7 +1,5 @@
 """How fast a step was: tokens and model FLOPs per second, and the share of the device's peak (MFU)."""
 
-import resource
-
 import torch
 
 from megatron_ext.engine import EngineConfig
@@ -10,6 +8,7 @@ from megatron_ext.models import parameter_shapes
 from megatron_ext.models.count import flops_per_token
 from megatron_ext.models.names import is_adapter
 from megatron_ext.optim.trainable import select, trained_in_products
+from pretrain.memory import peak_memory
 
 # dense bf16 peak in TFLOP/s by a part of the device's name; sources: the vendors' datasheets
 _PEAK_TFLOPS = {
@@ -65,12 +64,5 @@ class Throughput:
             "tflops_per_device": per_device * self._flops["full"],
             "mfu_full": mfu["full"],
             "mfu_causal": mfu["causal"],
-            "memory_gib": peak_memory_gib(self._grid.device),
+            "memory_gib": peak_memory(self._grid.device) / 2**30,
         }
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory in use so far: allocated on the GPU, or this process's resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

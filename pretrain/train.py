@@ -19,6 +19,7 @@ from pretrain.config import RunConfig
 from pretrain.data import build_data
 from pretrain.flags import to_yaml
 from pretrain.logs import Console, Log, open_logs, trim_metrics
+from pretrain.memory import memory_figures, memory_table
 from pretrain.resize import plan_expansion
 from pretrain.results import ResultQueue, StepResult
 from pretrain.stop import StopRequest
@@ -51,7 +52,7 @@ class Trainer:
         loaded = self._load()
         self.hugging_face = None if loaded is None else loaded.hugging_face
         continued = None if config.checkpoint.finetune else loaded
-        self.iteration = 0 if continued is None else continued.iteration
+        self.iteration = self.started_at = 0 if continued is None else continued.iteration
         self.consumed_samples = 0 if continued is None else continued.consumed_samples
         self.data = build_data(
             config.data,
@@ -166,6 +167,8 @@ class Trainer:
         for record in records:
             for log in self.logs:
                 log.write(record)
+            if record["iteration"] == self.started_at + 1:
+                self._describe_memory(record)
         return any(result.stop_wishes > 0 for result in results)
 
     def _record(self, result: StepResult) -> dict[str, Any]:
@@ -180,7 +183,13 @@ class Trainer:
             "loss_scale": result.loss_scale,
             "skipped": result.skipped,
             **self.throughput.figures(result.seconds),
+            **(memory_figures(self.engine) if self.config.logging.report_memory else {}),
         }
+
+    def _describe_memory(self, record: dict[str, Any]) -> None:
+        if self.console is not None and self.config.logging.report_memory:
+            for line in memory_table(self.engine, record):
+                self.console.say(f" {line}")
 
     def _validation_loss(self) -> float:
         """Mean loss over the validation batches: the same ones every time."""

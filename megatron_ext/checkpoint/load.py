@@ -16,19 +16,20 @@ from megatron_ext.checkpoint.resize import VOCABULARY_MATRICES, ResizedWeights
 from megatron_ext.checkpoint.state import (
     MODEL,
     State,
-    apply_optimizer_state,
     fill_copies,
     model_state,
     optimizer_state,
     random_key,
     random_state,
     set_random_state,
+    take_counters,
 )
 from megatron_ext.engine import Engine
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models.expand import Expansion
 from megatron_ext.models.names import is_adapter
+from megatron_ext.optim import States
 
 _VOCABULARY_KEYS = {MODEL + name for name in VOCABULARY_MATRICES}
 
@@ -52,13 +53,15 @@ def load_checkpoint(
     manifest = read_manifest(checkpoint)
     check_compatible(manifest, engine.config.model, checkpoint, expansion)
     check_trained(manifest, engine.config, checkpoint, weights_only)
-    engine.optimizer.zero_grad()
     with_optimizer = manifest.has_optimizer and not weights_only
-    state = model_state(engine, for_saving=False)
+    states = engine.states(empty=True)
+    if not with_optimizer:
+        states = States(states.weights, {})
+    state = model_state(engine, states, for_saving=False)
     if manifest.lora is None:  # new adapters keep their initial values, with which they change nothing
         state = {key: value for key, value in state.items() if not is_adapter(key)}
     if with_optimizer:
-        state |= optimizer_state(engine, for_saving=False)
+        state |= optimizer_state(engine, states, for_saving=False)
     resized = {key: state.pop(key) for key in _VOCABULARY_KEYS & state.keys()} if expansion is not None else {}
     same_layout = manifest.layout == layout_of(engine.grid)
     if with_optimizer and same_layout:
@@ -71,9 +74,10 @@ def load_checkpoint(
     except (Exception, CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise RequestError(f"--load {checkpoint}: cannot be read ({reason})") from error
+    fill_copies(engine, states)
+    engine.take(states)
     if with_optimizer:
-        apply_optimizer_state(engine, state)
-    fill_copies(engine)
+        take_counters(engine, state)
     if with_optimizer and same_layout:
         set_random_state(engine, state[random_key()])
     else:  # another layout has other ranks: draw anew, from the seed and the place in the run

@@ -44,7 +44,9 @@ class CheckpointWriter:
         self.wait()
         partial = partial_path(self.root, manifest.iteration)
         self._agree(self._prepare(partial, texts) if self._is_first else "")
-        state = model_state(self.engine, for_saving=True) | optimizer_state(self.engine, for_saving=True)
+        states = self.engine.states()
+        state = model_state(self.engine, states, for_saving=True)
+        state |= optimizer_state(self.engine, states, for_saving=True)
         state[random_key()] = random_state(self.engine)
         writer = HashingWriter(partial)
         if self.background:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_ext.engine import Engine
 from megatron_ext.models.names import EMBEDDING
-from megatron_ext.optim.optimizer import MOMENTS
+from megatron_ext.optim import States
 
 State = dict[str, torch.Tensor]
 
@@ -31,41 +31,37 @@ def _left_out(engine: Engine, for_saving: bool) -> frozenset[str]:
     return engine.copies() if for_saving or EMBEDDING in engine.parameters else frozenset()
 
 
-def model_state(engine: Engine, for_saving: bool) -> State:
+def model_state(engine: Engine, states: States, for_saving: bool) -> State:
     """Weights under their checkpoint keys."""
     return {
-        MODEL + checkpoint_name_of(engine, name): param.detach()
-        for name, param in engine.parameters.items()
+        MODEL + checkpoint_name_of(engine, name): weight
+        for name, weight in states.weights.items()
         if name not in _left_out(engine, for_saving)
     }
 
 
-def optimizer_state(engine: Engine, for_saving: bool) -> State:
+def optimizer_state(engine: Engine, states: States, for_saving: bool) -> State:
     state: State = {STEPS: engine.optimizer.step_count.clone(), LOSS_SCALER: engine.loss_scaler.state.clone()}
-    for name in engine.optimizer.params:
+    for name, moments in states.moments.items():
         if name in _left_out(engine, for_saving):
             continue
-        for moment, value in engine.optimizer.moments(name).items():
+        for moment, value in moments.items():
             state[f"{OPTIMIZER}{moment}.{checkpoint_name_of(engine, name)}"] = value
     return state
 
 
 @torch.no_grad()
-def fill_copies(engine: Engine) -> None:
+def fill_copies(engine: Engine, states: States) -> None:
     """Tied weights whose source is on this rank too (V-shaped schedules) take the source's values, moments included."""
     for name in _left_out(engine, for_saving=False):
-        engine.parameters[name].copy_(engine.parameters[EMBEDDING])
-        if name in engine.optimizer.params:
-            engine.optimizer.set_moments(name, dict(engine.optimizer.moments(EMBEDDING)))
+        states.weights[name].copy_(states.weights[EMBEDDING])
+        for moment, value in states.moments.get(name, {}).items():
+            value.copy_(states.moments[EMBEDDING][moment])
 
 
-def apply_optimizer_state(engine: Engine, state: State) -> None:
-    """Give the optimizer what was loaded."""
+def take_counters(engine: Engine, state: State) -> None:
+    """Give the engine the optimizer's step count and the loss scale that were loaded."""
     engine.optimizer.set_step_count(state[STEPS])
-    for name in engine.optimizer.params:
-        if name not in _left_out(engine, for_saving=False):
-            key = checkpoint_name_of(engine, name)
-            engine.optimizer.set_moments(name, {moment: state[f"{OPTIMIZER}{moment}.{key}"] for moment in MOMENTS})
     engine.loss_scaler.state = state[LOSS_SCALER]
 
 

@@ -2,7 +2,16 @@
 
 from megatron_ext.models.config import ModelConfig
 from megatron_ext.models.decoder import Decoder, StageSpec, parameter_shapes
-from megatron_ext.models.initialize import initialize_weights
+from megatron_ext.models.initialize import initialize_parameter, initialize_weights
 from megatron_ext.models.presets import preset, preset_names
 
-__all__ = ["Decoder", "ModelConfig", "StageSpec", "initialize_weights", "parameter_shapes", "preset", "preset_names"]
+__all__ = [
+    "Decoder",
+    "ModelConfig",
+    "StageSpec",
+    "initialize_parameter",
+    "initialize_weights",
+    "parameter_shapes",
+    "preset",
+    "preset_names",
+]

@@ -105,6 +105,12 @@ class Decoder(nn.Module):
             if config.tied and stage.has_embedding:
                 self.lm_head.weight = self.embed_tokens.weight
 
+    @property
+    def embedding_modules(self) -> list[nn.Module]:
+        """What makes hidden states of token ids here: the embedding, and what comes with it. Empty on later stages."""
+        names = ("embed_tokens", "embed_positions", "embed_layernorm")
+        return [getattr(self, name) for name in names if hasattr(self, name)]
+
     def forward(
         self,
         x: torch.Tensor,

@@ -55,19 +55,23 @@ def normal_slice(shape: torch.Size, offset: tuple[int, ...], local: torch.Tensor
 
 @torch.no_grad()
 def initialize_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Give every parameter of a stage its initial values: norms 1, biases 0, matrices normal, adapters no effect.
-
-    `model`'s parameters are DTensors with storage (uninitialised). Tied output weights draw the embedding's.
-    """
+    """Give every parameter of a stage (DTensors with storage) its initial values."""
     for name, param in model.named_parameters():
         assert isinstance(param, DTensor)
-        local = param.to_local()
-        if name.endswith(("bias", ".lora.b")):
-            local.zero_()
-        elif param.ndim == 1:
-            local.fill_(1.0)
-        else:
-            _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-            if config.tied and name == HEAD:
-                name = EMBEDDING
-            normal_slice(param.shape, offset, local, _standard_deviation(name, param.shape, config), name, seed)
+        initialize_parameter(name, param, param.to_local(), config, seed)
+
+
+def initialize_parameter(name: str, placed: DTensor, local: torch.Tensor, config: ModelConfig, seed: int) -> None:
+    """Fill `local`, this rank's part: norms 1, biases 0, matrices normal, adapters no effect.
+
+    placed: says which part of the whole parameter that is. Tied output weights draw the embedding's.
+    """
+    if name.endswith(("bias", ".lora.b")):
+        local.zero_()
+    elif placed.ndim == 1:
+        local.fill_(1.0)
+    else:
+        _, offset = compute_local_shape_and_global_offset(placed.shape, placed.device_mesh, placed.placements)
+        if config.tied and name == HEAD:
+            name = EMBEDDING
+        normal_slice(placed.shape, offset, local, _standard_deviation(name, placed.shape, config), name, seed)

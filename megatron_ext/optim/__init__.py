@@ -2,8 +2,19 @@
 
 from megatron_ext.optim.config import OptimizerConfig, PrecisionConfig
 from megatron_ext.optim.loss_scale import LossScaler
-from megatron_ext.optim.optimizer import Optimizer
+from megatron_ext.optim.optimizer import MOMENTS, Optimizer, decays
 from megatron_ext.optim.rate import learning_rate
+from megatron_ext.optim.states import States
 from megatron_ext.optim.trainable import TrainableConfig
 
-__all__ = ["LossScaler", "Optimizer", "OptimizerConfig", "PrecisionConfig", "TrainableConfig", "learning_rate"]
+__all__ = [
+    "MOMENTS",
+    "LossScaler",
+    "Optimizer",
+    "OptimizerConfig",
+    "PrecisionConfig",
+    "States",
+    "TrainableConfig",
+    "decays",
+    "learning_rate",
+]

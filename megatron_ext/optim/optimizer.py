@@ -11,6 +11,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.optim.config import OptimizerConfig
+from megatron_ext.optim.states import States
+from megatron_ext.zero.states import ModelStates, held
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -22,6 +24,8 @@ class Optimizer:
     another rank and so do not count in the norm; `first_row(name)`: where the trained rows of a parameter begin. The
     optimizer works on plain tensors that share the parameters' storage, and knows nothing of rows that are not
     trained: no decay or momentum can touch them. A rank with nothing to train still takes part in the norm.
+
+    Moments are, and the update runs, where the parameters are: on the device, or on the host if ZeRO offloads them.
     """
 
     def __init__(
@@ -33,6 +37,8 @@ class Optimizer:
         first_row: Callable[[str], int] = lambda name: 0,
     ):
         self.config, self.grid = config, grid
+        self._named = named
+        self._home = next((_local(p).device for p in named.values()), grid.device)
         self.params = {name: p for name, p in named.items() if p.requires_grad}
         self._uncounted = uncounted
         self._counted: list[str] = []
@@ -59,7 +65,8 @@ class Optimizer:
         self._moments = {
             name: {moment: torch.zeros_like(local) for moment in MOMENTS} for name, local in self._locals.items()
         }
-        self.step_count = torch.zeros((), dtype=torch.float32, device=grid.device)
+        self.step_count = torch.zeros((), dtype=torch.float32, device=self._home)
+        self._gradient_bytes = 0
         if self._adam is not None:
             for name, local in self._locals.items():
                 if local.numel():
@@ -78,7 +85,7 @@ class Optimizer:
         Returns the totals, the norm of the whole model's gradient before clipping (float64), and float32 1 if the
         step was skipped for a gradient that is not finite; all on the device, equal on every rank.
         """
-        totals = torch.cat([sums, self._norm_contribution()[None]])
+        totals = torch.cat([sums, self._norm_contribution().to(sums.device)[None]])
         dist.all_reduce(totals)
         norm = totals[-1].sqrt()
         return totals[:-1], norm / loss_scale, self._step(lr, norm, loss_scale)
@@ -91,7 +98,7 @@ class Optimizer:
         """
         counted = [name for name, p in self.params.items() if p.grad is not None and name not in self._uncounted]
         if not counted:
-            return torch.zeros((), dtype=torch.float64, device=self.grid.device)
+            return torch.zeros((), dtype=torch.float64, device=self._home)
         norms = torch.stack(torch._foreach_norm([self._trained(name, _grad(self.params[name])) for name in counted]))
         if counted != self._counted:  # copied to the device once, not every step
             shares = [self._share(name) for name in counted]
@@ -110,8 +117,9 @@ class Optimizer:
         """Clip by the global `norm` of the (scaled) gradients and update; then forget the gradients.
 
         A step whose norm is not finite changes nothing. Returns float32 1 for such a step, else 0. Nothing here
-        waits for the device.
+        waits for the device, unless the update runs on the host: it cannot begin before the norm of all is there.
         """
+        self._gradient_bytes = held(p.grad for p in self.params.values() if p.grad is not None)
         found_inf = (~norm.isfinite()).to(torch.float32)
         if self._adam is not None:
             factor = 1.0 / loss_scale
@@ -124,12 +132,13 @@ class Optimizer:
                     local.grad = self._trained(name, grad)
                     grads.append(local.grad)
             if grads and isinstance(factor, torch.Tensor):
-                torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+                torch._foreach_mul_(grads, factor.to(self._home, grads[0].dtype))
             for group in self._adam.param_groups:
                 group["lr"] = lr
-            self._adam.found_inf = found_inf  # type: ignore[attr-defined]  # the fused kernel skips on the device
+            # the fused kernel skips by itself; moved here, because torch would not wait for the copy
+            self._adam.found_inf = found_inf.to(self._home)  # type: ignore[attr-defined]
             self._adam.step()
-        self.step_count += 1 - found_inf
+        self.step_count += 1 - found_inf.to(self._home)
         self.zero_grad()
         return found_inf
 
@@ -137,6 +146,21 @@ class Optimizer:
         for name, param in self.params.items():
             param.grad = None
             self._locals[name].grad = None
+
+    def model_states(self) -> ModelStates:
+        """Bytes that this rank holds: of weights and optimizer states now, of gradients as the last update found them."""
+        states = [] if self._adam is None else [t for state in self._adam.state.values() for t in state.values()]
+        return ModelStates(held(self._named.values()), self._gradient_bytes, held([self.step_count, *states]))
+
+    def states(self, empty: bool = False) -> States:
+        """All weights and moments, in place; see `moments`. They are at hand, so `empty` saves nothing."""
+        weights: dict[str, torch.Tensor] = {name: param.detach() for name, param in self._named.items()}
+        return States(weights, {name: dict(self.moments(name)) for name in self.params})
+
+    def take(self, states: States) -> None:
+        """Take over what was written to `states()`; weights have been written in place."""
+        for name, moments in states.moments.items():
+            self.set_moments(name, moments)
 
     def moments(self, name: str) -> dict[str, DTensor]:
         """exp_avg and exp_avg_sq of a parameter, placed as the parameter is.
@@ -147,13 +171,8 @@ class Optimizer:
         assert isinstance(param, DTensor)
         skipped = self._skipped[name]
         return {
-            moment: DTensor.from_local(
-                torch.cat([value.new_zeros(skipped, *value.shape[1:]), value]) if skipped else value,
-                param.device_mesh,
-                param.placements,
-                run_check=False,
-                shape=param.shape,
-                stride=param.stride(),
+            moment: _placed_as(
+                param, torch.cat([value.new_zeros(skipped, *value.shape[1:]), value]) if skipped else value
             )
             for moment, value in self._moments[name].items()
         }
@@ -183,6 +202,11 @@ def _rows_before(param: torch.Tensor, row: int) -> int:
     assert isinstance(param, DTensor)
     shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
     return min(max(row - offset[0], 0), shape[0])
+
+
+def _placed_as(param: DTensor, local: torch.Tensor) -> DTensor:
+    """`local` as a DTensor. (DTensor.from_local would copy what is offloaded to the device.)"""
+    return DTensor(local, param._spec, requires_grad=False)  # type: ignore[call-arg]
 
 
 def _grad(param: nn.Parameter) -> DTensor:

@@ -100,7 +100,8 @@ class Pipeline:
 
         Returns this rank's mean loss over its microbatches (float64 scalar), 0 where the last stage is elsewhere.
         """
-        scale = loss_scale / (self.n_microbatches * self.grid.dp_size)  # gradients are summed over both
+        summed_over = next(iter(self.stages.values())).summed_over
+        scale = loss_scale / (self.n_microbatches * summed_over)
         if self._schedule is None:
             return self._one_stage(batch, scale)
         self._loss_scale = scale
@@ -110,7 +111,9 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """The mean loss of a batch, without gradients; as `forward_backward` returns it."""
-        modules = {index: stage.module.eval() for index, stage in self.stages.items()}
+        modules = {index: stage.module for index, stage in self.stages.items()}
+        for module in modules.values():
+            module.eval()
         self._losses += forward_only(modules, self.layout, self._split(batch), self.grid, self._hidden)
         for data_parallel in self.stages.values():
             data_parallel.module.train()
@@ -123,9 +126,7 @@ class Pipeline:
             last = i == self.n_microbatches - 1
             loss = data_parallel.module(part.pop("tokens"), **part)
             self._losses.append(loss.detach())
-            data_parallel.before_backward("full", last)
-            (loss * scale).backward()
-            data_parallel.after_backward("full", last)
+            data_parallel.backward(loss * scale, None, last)
         return self._take_mean_loss()
 
     def _call(self, run: Any, batch: Batch, **options: Any) -> None:

@@ -35,6 +35,11 @@ class Stage(PipelineStage):
         self.data_parallel, self.room = data_parallel, room
 
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False) -> Any:
+        if backward_type == "full":
+            grad = None if bwd_kwargs["output_grads"] is None else _only(bwd_kwargs["output_grads"])
+            self.data_parallel.backward(_only(bwd_kwargs["stage_output"]), grad, last_backward)
+            return tuple(_take_gradient(value) for value in bwd_kwargs["input_values"]), None
+        assert isinstance(self.data_parallel, DataParallel)  # DeepSpeed's engine runs whole backward passes only
         self.data_parallel.before_backward(backward_type, last_backward)
         result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         self.data_parallel.after_backward(backward_type, last_backward)
@@ -77,6 +82,21 @@ class Stage(PipelineStage):
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         """torch 2.11 greets its neighbours before the first batch; gloo cannot send to itself (V-shaped schedules)."""
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+
+def _only(value: Any) -> torch.Tensor:
+    """A stage hands over one tensor, which torch sometimes wraps."""
+    if isinstance(value, torch.Tensor):
+        return value
+    (tensor,) = value
+    return tensor
+
+
+def _take_gradient(value: Any) -> torch.Tensor | None:
+    if not isinstance(value, torch.Tensor):
+        return None
+    grad, value.grad = value.grad, None
+    return grad
 
 
 def _received(infos: Sequence[Any]) -> list[Any]:

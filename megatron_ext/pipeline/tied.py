@@ -18,7 +18,7 @@ class TiedEmbedding:
     def __init__(self, decoders: list[Decoder], grid: ProcessGrid):
         self.source: torch.nn.Parameter | None = None
         self.copy: torch.nn.Parameter | None = None
-        self._group = grid.mesh["pp"].get_group()
+        self._group, self._device = grid.mesh["pp"].get_group(), grid.device
         self._first, self._last = 0, grid.size("pp") - 1
         for decoder in decoders:
             if not decoder.config.tied or decoder.stage.has_embedding == decoder.stage.has_head:
@@ -42,13 +42,14 @@ class TiedEmbedding:
         grad = _local_grad(mine)
         if grad.numel() == 0:
             return
-        other = torch.empty_like(grad)
+        ours = grad.contiguous().to(self._device)  # offloaded gradients are on the host; messages leave from the device
+        theirs = torch.empty_like(ours)
         peer = dist.get_global_rank(self._group, self._last if mine is self.source else self._first)
-        send = dist.P2POp(dist.isend, grad.contiguous(), peer, self._group)
-        receive = dist.P2POp(dist.irecv, other, peer, self._group)
+        send = dist.P2POp(dist.isend, ours, peer, self._group)
+        receive = dist.P2POp(dist.irecv, theirs, peer, self._group)
         for work in dist.batch_isend_irecv([send, receive]):
             work.wait()
-        grad.add_(other)
+        grad.add_(theirs.to(grad.device))
 
 
 def _local_grad(param: torch.nn.Parameter) -> torch.Tensor:

@@ -15,7 +15,7 @@ from megatron_ext.tensor_parallel.layers import (
     column_parallel,
 )
 from megatron_ext.tensor_parallel.lora import LoraConfig, adapter_product, add_adapters
-from megatron_ext.tensor_parallel.storage import distribute_parameters, tp_shard_range
+from megatron_ext.tensor_parallel.storage import distribute_parameters, localize_parameters, tp_shard_range
 
 __all__ = [
     "ColumnParallelLinear",
@@ -29,6 +29,7 @@ __all__ = [
     "add_adapters",
     "column_parallel",
     "distribute_parameters",
+    "localize_parameters",
     "tp_shard_range",
     "vocab_parallel_cross_entropy",
 ]

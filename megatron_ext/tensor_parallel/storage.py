@@ -5,7 +5,10 @@ initialisation all read the placement of the parameter itself. Nothing is padded
 size n holds rows [r * ceil(n / tp), (r + 1) * ceil(n / tp)), cut off at n (torch.chunk's rule).
 """
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -52,12 +55,47 @@ def distribute_parameters(model: nn.Module, tp_mesh: DeviceMesh) -> None:
             module._parameters[name] = done[param]
 
 
+def localize_parameters(module: nn.Module, device: torch.device, dtype: torch.dtype, done: dict[Any, Any]) -> None:
+    """Replace every parameter of `module`, a DTensor on the tp mesh, by a plain one of this rank's shape, in place.
+
+    Its storage is new and uninitialised. For engines that do not know DTensors. done: DTensor -> plain parameter,
+    shared between calls so that tied parameters stay tied.
+    """
+    for owner in module.modules():
+        for name, param in list(owner._parameters.items()):
+            if not isinstance(param, DTensor):
+                continue
+            if param not in done:
+                plain = nn.Parameter(torch.empty(param.to_local().shape, dtype=dtype, device=device))
+                plain.tp_group = param.device_mesh.get_group()  # type: ignore[attr-defined]  # see `local`
+                done[param] = plain
+            owner._parameters[name] = done[param]
+
+
+class _SumOfShares(torch.autograd.Function):
+    """The identity; its gradient is summed over a group."""
+
+    @staticmethod
+    def forward(ctx: Any, param: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return param.view_as(param)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
 def local(param: torch.Tensor, dtype: torch.dtype, partial_grad: bool = False) -> torch.Tensor:
     """This rank's part of `param` as a plain tensor in `dtype`, differentiable.
 
     `partial_grad`: the weight is replicated over tp but each rank computes only its share of the gradient
-    (a norm under sequence parallelism, say), so the shares are to be summed. Forgetting it is silent.
+    (a norm under sequence parallelism, say), so the shares are to be summed. Forgetting it is silent. A DTensor's
+    are summed when its gradient is reduced, a plain parameter's at once.
     """
     if isinstance(param, DTensor):
         param = param.to_local(grad_placements=[Partial()] * param.device_mesh.ndim if partial_grad else None)
+    elif partial_grad and hasattr(param, "tp_group"):
+        param = _SumOfShares.apply(param, param.tp_group)
     return param.to(dtype)

@@ -4,7 +4,7 @@ import dataclasses
 
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
-from megatron_ext.option import option
+from megatron_ext.option import option, refuse_unused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +28,31 @@ class ZeroConfig:
         None, "DeepSpeed's own settings, which must not contradict the flags", metavar="FILE.json"
     )
 
-    def validate(self, model: ModelConfig, tp: int, dp_shard: int) -> None:
-        """Raise RequestError where this model cannot be sharded so."""
-        if self.zero_engine != "torch":
+    def validate_flags(self, bf16: bool) -> None:
+        """Raise RequestError for what no engine could make sense of."""
+        if "nvme" not in (self.offload_optimizer, self.offload_param):
+            refuse_unused(self, ("nvme_path",), "--offload-optimizer nvme or --offload-param nvme")
+        if self.grad_reduce_in_bf16 and not bf16:
+            raise RequestError("--grad-reduce-in-bf16 needs --bf16")
+
+    def validate_torch(self, model: ModelConfig, tp: int, dp_shard: int) -> None:
+        """Raise RequestError where FSDP2 cannot shard this model so."""
+        if self.offload_optimizer == "nvme":
             raise RequestError(
-                f"--zero-engine {self.zero_engine}: this engine is not built yet; use --zero-engine torch"
+                "--offload-optimizer nvme needs --zero-engine deepspeed; --offload-optimizer cpu does not"
+            )
+        if self.offload_optimizer is not None and self.zero_stage == 0:
+            raise RequestError("--offload-optimizer cpu needs --zero-stage 1, 2 or 3")
+        if self.offload_param is not None:
+            raise RequestError(
+                f"--offload-param {self.offload_param} needs --zero-engine deepspeed; with --zero-engine torch "
+                "--offload-optimizer cpu takes the weights along, which are the optimizer's own"
+            )
+        refuse_unused(self, ("deepspeed_config",), "--zero-engine deepspeed")
+        if self.accumulate_then_reduce and self.zero_stage != 3:
+            raise RequestError(
+                f"--accumulate-then-reduce needs --zero-stage 3: stages 0 and 1 always do, and stage 2 with it is "
+                f"stage 1 (--zero-stage {self.zero_stage})"
             )
         if self.zero_stage == 0 or tp == 1 or dp_shard == 1:
             return

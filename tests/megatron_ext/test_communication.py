@@ -44,12 +44,15 @@ class Collectives(TorchDispatchMode):
         super().__init__()
         self.axes = {grid.mesh[axis].get_group().group_name: axis for axis in AXES if grid.size(axis) > 1}
         self.messages: Messages = Counter()
+        self.bytes: Counter[tuple[str, str]] = Counter()  # (axis, collective) -> of all messages
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional") and func._opname not in _SILENT:
             kind, position = _OPERATORS[func._opname]  # an operator that is not known is an error, not a zero
             message = args[position][0] if isinstance(args[position], list) else args[position]
-            self.messages[self._axis(func, args), kind, tuple(message.shape)] += 1
+            axis = self._axis(func, args)
+            self.messages[axis, kind, tuple(message.shape)] += 1
+            self.bytes[axis, kind] += message.nbytes
         return func(*args, **(kwargs or {}))
 
     def _axis(self, func: Any, args: Any) -> str:
@@ -59,7 +62,7 @@ class Collectives(TorchDispatchMode):
         return self.axes.get(dist.ProcessGroup.unbox(args[argument]).group_name, "world")
 
 
-def messages_of_a_step(config: EngineConfig) -> Messages:
+def collectives_of_a_step(config: EngineConfig) -> Collectives:
     """Of the second step: the first also sets things up."""
     grid = build_grid(config.parallel, torch.device("cpu"))
     engine = Engine(config, grid)
@@ -67,10 +70,18 @@ def messages_of_a_step(config: EngineConfig) -> Messages:
         batch = share(global_batch(config, step), grid, config.batch.micro_batch_size)
         with Collectives(grid) as collectives:
             engine.train_step(batch, LR)
-    messages = collectives.messages
+    return collectives
+
+
+def messages_of_a_step(config: EngineConfig) -> Messages:
+    messages = collectives_of_a_step(config).messages
     (scalars,) = (key for key in messages if key[1:] == (REDUCE, (3,)))  # loss, norm, wish to stop: of the whole world
     assert messages.pop(scalars) == 1
     return messages
+
+
+def bytes_of_a_step(config: EngineConfig) -> Counter[tuple[str, str]]:
+    return collectives_of_a_step(config).bytes
 
 
 def volume(messages: Messages, axis: str) -> dict[str, int]:
@@ -122,6 +133,41 @@ def test_zero_1_communicates_once_a_step_in_every_schedule(pool: Pool, schedule:
     psi = parameters(config.model)
     assert sum(rank[GATHER] for rank in ranks) == 2 * psi  # every stage on two data-parallel ranks
     assert sum(rank[SCATTER] for rank in ranks) == 2 * psi
+
+
+def test_gradients_accumulated_whole_are_reduced_once_a_step(pool: Pool) -> None:
+    config = tiny(zero_stage=3, zero_shard_size=2, accumulate_then_reduce=True)
+    psi, m = parameters(config.model), config.batch.microbatches(4)
+    for messages in pool.run(messages_of_a_step, 4, config):
+        assert volume(messages, "dp_shard") == {GATHER: 2 * m * psi, SCATTER: psi}
+        assert volume(messages, "dp_replicate") == {REDUCE: psi // 2}
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv"])
+def test_gradients_accumulated_whole_are_reduced_once_in_a_pipeline(pool: Pool, schedule: str) -> None:
+    options = {"pipeline_model_parallel_size": 2, "pipeline_schedule": schedule, "zero_stage": 3}
+    config = tiny(accumulate_then_reduce=True, **options)
+    psi, m = parameters(config.model), config.batch.microbatches(2)
+    ranks = [volume(messages, "dp_shard") for messages in pool.run(messages_of_a_step, 4, config)]
+    assert sum(rank[SCATTER] for rank in ranks) == 2 * psi  # every stage on two data-parallel ranks
+    if schedule != "zbv":  # which gathers a whole stage for each half of a backward pass
+        assert sum(rank[GATHER] for rank in ranks) == 2 * 2 * m * psi
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_gradients_in_bfloat16_are_half_the_bytes(pool: Pool, stage: int) -> None:
+    options: dict[str, Any] = {"bf16": True, "zero_stage": stage, "zero_shard_size": 2 if stage else None}
+    config = tiny(**options)
+    shards, m = (2, config.batch.microbatches(4)) if stage else (4, 1)
+    elements = zero_volume(stage, parameters(config.model), m)
+    for flag, size in ((False, 4), (True, 2)):
+        config = tiny(**options, grad_reduce_in_bf16=flag)
+        expected = {("dp_shard", kind): n * (2 if kind == GATHER else size) for kind, n in elements.items()}
+        if stage:
+            expected["dp_replicate", REDUCE] = parameters(config.model) // shards * size
+        for sent in pool.run(bytes_of_a_step, 4, config):
+            assert sent.pop(("world", REDUCE)) == 3 * 8  # loss, norm, wish to stop
+            assert sent == expected
 
 
 @pytest.mark.parametrize("recompute", [None, "full"])
@@ -213,16 +259,18 @@ def memory(config: EngineConfig) -> tuple[float, float, float]:
     return between_steps, held(), inside[0]
 
 
-@pytest.mark.parametrize("stage, shard", [(0, None), *itertools.product((1, 2, 3), (4, 2))])
-def test_zero_memory(pool: Pool, stage: int, shard: int | None) -> None:
+@pytest.mark.parametrize(
+    "stage, shard, accumulate", [(0, None, False), *itertools.product((1, 2, 3), (4, 2), [False]), (3, 4, True)]
+)
+def test_zero_memory(pool: Pool, stage: int, shard: int | None, accumulate: bool) -> None:
     """fp32: weights 4, gradients 4, Adam's moments 8 bytes a parameter, together the paper's 2 + 2 + K with K = 12:
     its fp32 copy of the weights, here the only one, is part of its K. All three are sharded between steps at every
     stage from 1; stages 1 and 2 hold more inside one."""
-    config = tiny(zero_stage=stage, zero_shard_size=shard)
+    config = tiny(zero_stage=stage, zero_shard_size=shard, accumulate_then_reduce=accumulate)
     n = shard or 1
     whole_weights = 4 if stage in (1, 2) else 0  # gathered once a step, beside the shards
-    gradients = 4 if stage == 1 else 4 / n  # accumulated whole, until the last microbatch
-    if stage in (2, 3):  # FSDP keeps the input of its last reduce-scatter, the embedding's, until the next one
+    gradients = 4 if stage == 1 or accumulate else 4 / n  # accumulated whole, until the last microbatch
+    if stage in (2, 3) and not accumulate:  # FSDP keeps the input of its last reduce-scatter, the embedding's, until the next one
         model = config.model
         gradients += 4 * model.vocab_size * model.hidden_size / parameters(model)
     for between_steps, before_update, between_microbatches in pool.run(memory, 4, config):

@@ -1,0 +1,40 @@
+"""What has to be told to DeepSpeed, beside its settings, before it runs as one part of a larger program."""
+
+import functools
+import logging
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def prepare(data_parallel: dist.ProcessGroup) -> None:
+    """Ready this process for `deepspeed.initialize`. data_parallel: the ranks that share this rank's stage.
+
+    Its messages of every start are silenced below errors. On a CPU its shared-memory collectives, which a compiler
+    would build for more than a minute, are left out: gloo is there.
+    """
+    os.environ.setdefault("LOCAL_RANK", "0")  # one process alone was started without torchrun
+    import deepspeed
+    from deepspeed.runtime.zero import partitioned_param_coordinator
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)  # wraps the groups there are
+    same = functools.partial(assert_same_on_ranks, data_parallel)
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = same
+
+
+def assert_same_on_ranks(group: dist.ProcessGroup, numbers: list[int]) -> None:
+    """Raise where the ranks of `group` hold different numbers.
+
+    ZeRO-3 records in which order modules run, and compares the records of all ranks of the *world* with rank 0's.
+    Stages of a pipeline run different modules, and reach that comparison different numbers of times: it hangs.
+    What must agree is the order among the ranks that gather parameters together, and those are one stage's.
+    """
+    records: list[list[int] | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(records, numbers, group=group)
+    if any(record != numbers for record in records):
+        raise RuntimeError("ZeRO-3: the ranks of one pipeline stage ran its modules in different orders")

@@ -1,0 +1,97 @@
+"""Where DeepSpeed keeps the float32 weights and Adam's moments.
+
+ZeRO flattens the parameters and cuts the result, so a rank updates a *fragment* of each: a range of the flattened
+parameter, or nothing of it. DeepSpeed's optimizers each say differently where it lies; here all of them yield the
+same. What they have no public name for is read as version 0.19 has it.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_ext.optim import MOMENTS
+
+WEIGHT = "weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fragment:
+    """What this rank updates of `param`: its flattened elements from `start` on.
+
+    views: by WEIGHT and MOMENTS, float32 [n], n the same for all and maybe 0. whole: the parameter in the computing
+    dtype where this rank holds all of it, which is to be written together with the views.
+    """
+
+    param: nn.Parameter
+    start: int
+    views: dict[str, torch.Tensor]
+    whole: torch.Tensor | None
+
+
+@torch.no_grad()
+def fragments(engine: Any, changed: bool = False) -> Iterator[Fragment]:
+    """The fragment of every parameter of a DeepSpeed engine, usable until the next one is asked for.
+
+    changed: the caller writes to them; shards in the computing dtype and files on NVMe then follow. All
+    data-parallel ranks go through them together, in the same order. Adam's states are made where there are none yet.
+    """
+    if engine.zero_optimization_stage() == 3:
+        yield from _of_stage_3(engine.optimizer, changed)
+    else:
+        yield from _of_stages_1_and_2(engine.optimizer)
+
+
+def _of_stages_1_and_2(optimizer: Any) -> Iterator[Fragment]:
+    """One flat partition for each group of parameters; every rank has all weights in the computing dtype."""
+    adam = optimizer.optimizer
+    params = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
+    for group, of_group in zip(adam.param_groups, params, strict=True):
+        (flat,) = group["params"]
+        tensors = {WEIGHT: flat.detach(), **_moments(adam, flat)}
+        for param in of_group:
+            place = param._hp_mapping
+            start, offset, n = 0, 0, 0
+            if place is not None:
+                start = place.lp_fragment_address.start
+                offset, n = place.hp_fragment_address.start, place.hp_fragment_address.numel
+            views = {name: tensor.narrow(0, offset, n) for name, tensor in tensors.items()}
+            yield Fragment(param, start, views, whole=param.detach())
+
+
+def _of_stage_3(optimizer: Any, changed: bool) -> Iterator[Fragment]:
+    """One flat partition for each sub-group, of shards of equal size, the last one padded; maybe on NVMe."""
+    adam = optimizer.optimizer
+    if changed:
+        optimizer._partition_all_parameters()
+    for i, of_group in enumerate(optimizer.fp16_groups):
+        swapped = optimizer._swappable_optimizer_subgroup(i)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_in(i)
+        flat = optimizer.fp32_partitioned_groups_flat[i]
+        is_new = "step" not in adam.state[flat]
+        tensors = {WEIGHT: flat.detach(), **_moments(adam, flat)}
+        for param in of_group:
+            _, offset, size = optimizer.grad_position[optimizer.get_param_id(param)]
+            start = size * optimizer._get_param_partition_rank(param)
+            n = min(max(param.ds_numel - start, 0), size)
+            views = {name: tensor.narrow(0, offset, n) for name, tensor in tensors.items()}
+            yield Fragment(param, start, views, whole=None)
+        if changed:
+            optimizer._reassign_or_swap_out_partitioned_parameters(i)
+        if swapped and (changed or is_new):
+            optimizer._optimizer_states_and_gradient_swap_out(i)
+        elif swapped:
+            optimizer._release_swap_buffers(i)
+    if changed and optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _moments(adam: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    state = adam.state[flat]
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        state.update({moment: torch.zeros_like(flat.detach()) for moment in MOMENTS})
+    return {moment: state[moment] for moment in MOMENTS}

@@ -1,0 +1,144 @@
+"""DeepSpeed's optimizer as the engine sees it: steps, and whole states in and out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from megatron_ext.models import ModelConfig, initialize_parameter
+from megatron_ext.optim import MOMENTS, States
+from megatron_ext.zero.deepspeed.masters import WEIGHT, fragments
+from megatron_ext.zero.deepspeed.stage import DeepSpeedStage
+
+
+class DeepSpeedOptimizer:
+    """The states of one stage's parameters under DeepSpeed; for the engine the same as `optim.Optimizer`.
+
+    To a checkpoint they are what FSDP2 holds: float32 DTensors over (dp, tp), cut over dp along the dimension that
+    tp leaves, so that either engine reads what the other wrote.
+    """
+
+    def __init__(self, stage: DeepSpeedStage, model: ModelConfig, seed: int):
+        self._stage, self._engine = stage, stage.engine
+        self._dp = stage.grid.mesh["dp_shard"]
+        self._names = {param: name for name, param in stage.decoder.named_parameters()}
+
+        def initial(name: str, state: str) -> torch.Tensor | None:
+            if state != WEIGHT:
+                return None
+            placed = stage.stored[name]
+            local = torch.empty(placed.to_local().shape, device=stage.grid.device)
+            initialize_parameter(name, placed, local, model, seed)
+            return local
+
+        self._write(initial)
+
+    def update(
+        self, sums: torch.Tensor, lr: float, loss_scale: torch.Tensor | float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `optim.Optimizer.update`; the norm, over pp, dp and tp, and the clipping by it are DeepSpeed's."""
+        dist.all_reduce(sums)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        skipped = bool(self._engine.optimizer.overflow)
+        norm = float("inf") if skipped else float(self._engine.get_global_grad_norm())
+        return sums, sums.new_tensor(norm), sums.new_tensor(skipped, dtype=torch.float32)
+
+    @property
+    def step_count(self) -> torch.Tensor:
+        """Optimizer steps taken, float32 scalar."""
+        return next(iter(self._adam.state.values()))["step"]
+
+    def set_step_count(self, steps: torch.Tensor) -> None:
+        for state in self._adam.state.values():
+            state["step"].copy_(steps)
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        return self._engine.optimizer.optimizer
+
+    @torch.no_grad()
+    def states(self, empty: bool = False) -> States:
+        """Copies of all weights and moments, cut over (dp, tp); `empty`: only room for them. Collective."""
+        if empty:
+            found = {(name, state): self._part(name, None) for name in self._stage.stored for state in _ALL}
+        else:
+            found = dict(self._read())
+        return States(
+            weights={name: found[name, WEIGHT] for name in self._stage.stored},
+            moments={name: {moment: found[name, moment] for moment in MOMENTS} for name in self._stage.stored},
+        )
+
+    def take(self, states: States) -> None:
+        """Go on from these weights and, where there are any, moments. Collective."""
+
+        def whole(name: str, state: str) -> torch.Tensor | None:
+            part = states.weights[name] if state == WEIGHT else states.moments.get(name, {}).get(state)
+            if part is None:
+                return None
+            assert isinstance(part, DTensor)
+            shape = self._stage.stored[name].to_local().shape
+            stride = self._stage.stored[name].to_local().stride()
+            over_dp = DTensor.from_local(
+                part.to_local(), self._dp, part.placements[:1], run_check=False, shape=shape, stride=stride
+            )
+            return over_dp.full_tensor()
+
+        self._write(whole)
+
+    def _read(self) -> Any:
+        """(name, state) and this rank's part, for every parameter and state."""
+        for fragment in fragments(self._engine):
+            name = self._names[fragment.param]
+            for state, view in fragment.views.items():
+                whole = torch.zeros(self._stage.stored[name].to_local().shape, device=self._stage.grid.device)
+                whole.view(-1).narrow(0, fragment.start, view.numel()).copy_(view)
+                # exactly one rank has each element, the others 0: as integers the sum keeps every bit
+                dist.all_reduce(whole.view(torch.int32), group=self._dp.get_group())
+                yield (name, state), self._part(name, whole)
+
+    @torch.no_grad()
+    def _write(self, source: Callable[[str, str], torch.Tensor | None]) -> None:
+        """Write source(name, state), float32 of the tp shape, of every parameter; None leaves what there is."""
+        for fragment in fragments(self._engine, changed=True):
+            name = self._names[fragment.param]
+            for state, view in fragment.views.items():
+                value = source(name, state)
+                if value is None:
+                    continue
+                view.copy_(value.flatten().narrow(0, fragment.start, view.numel()))
+                if state == WEIGHT and fragment.whole is not None:
+                    fragment.whole.copy_(value)
+
+    def _part(self, name: str, whole: torch.Tensor | None) -> DTensor:
+        """This rank's part over dp of a tp-local tensor, or room for it."""
+        placed = self._stage.stored[name]
+        over_tp = placed.placements[0]
+        over_dp = _over_dp(over_tp, placed.ndim)
+        shape, offset = compute_local_shape_and_global_offset(placed.to_local().shape, self._dp, [over_dp])
+        if whole is None:
+            local = torch.empty(shape, device=self._stage.grid.device)
+        else:
+            local = whole[tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))].clone()
+        return DTensor.from_local(
+            local,
+            self._stage.grid.mesh["dp_shard", "tp"],
+            [over_dp, over_tp],
+            run_check=False,
+            shape=placed.shape,
+            stride=placed.stride(),
+        )
+
+
+_ALL = (WEIGHT, *MOMENTS)
+
+
+def _over_dp(over_tp: Placement, ndim: int) -> Placement:
+    """How data parallelism cuts: the dimension that tp leaves; a vector that tp cuts stays whole."""
+    if ndim == 1:
+        return Replicate() if over_tp.is_shard() else Shard(0)
+    return Shard(1) if over_tp.is_shard(0) else Shard(0)

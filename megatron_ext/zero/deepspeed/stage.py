@@ -1,0 +1,105 @@
+"""A pipeline stage under DeepSpeed's ZeRO: our layers and our schedule outside, its sharding inside."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from megatron_ext.mesh import ProcessGrid
+from megatron_ext.models import Decoder
+from megatron_ext.optim import OptimizerConfig, decays
+from megatron_ext.tensor_parallel import localize_parameters
+from megatron_ext.zero.deepspeed.adapt import prepare
+from megatron_ext.zero.deepspeed.mpu import ModelParallelUnit
+
+
+class DeepSpeedStage:
+    """A decoder whose data parallelism is a DeepSpeed engine's; for a pipeline the same as `DataParallel`.
+
+    decoder: on the meta device, parameters distributed over tp. Afterwards they are plain tensors of the tp shapes
+    on the device (at stage 3 shards), uninitialised, in the computing dtype; DeepSpeed keeps float32 masters.
+    stored: by name, what each parameter is to the other ranks of its tp group: a DTensor on the meta device.
+    """
+
+    summed_over = 1  # DeepSpeed averages over the data-parallel ranks: the loss need not be divided by them
+
+    def __init__(self, decoder: Decoder, grid: ProcessGrid, settings: dict[str, Any], optimizer: OptimizerConfig):
+        import deepspeed
+
+        self.decoder, self.grid = decoder, grid
+        unit = ModelParallelUnit(grid)
+        prepare(unit.get_data_parallel_group())
+        self.stored = {name: _placed(param) for name, param in decoder.named_parameters()}
+        self._materialise(settings, unit)
+        for name, param in decoder.named_parameters():
+            # the norm counts what is not cut over tp once, on the first rank of the tp group
+            param.model_parallel = not self.stored[name].placements[0].is_replicate()  # type: ignore[attr-defined]
+        self.engine, *_ = deepspeed.initialize(
+            model=decoder, optimizer=self._adamw(optimizer), config=settings, mpu=unit
+        )
+        self.module: nn.Module = self.engine
+
+    def _materialise(self, settings: dict[str, Any], unit: ModelParallelUnit) -> None:
+        """Give the parameters storage; at stage 3 layer by layer, each sharded before the next one exists."""
+        from deepspeed.runtime.zero import Init
+
+        tied: dict[Any, Any] = {}
+        for child in (*self.decoder.layers.values(), self.decoder):
+            localize_parameters(child, self.grid.device, self.decoder.dtype, tied)
+            if settings["zero_optimization"]["stage"] == 3:
+                Init(
+                    module=child,
+                    data_parallel_group=unit.get_data_parallel_group(),
+                    config_dict_or_path=settings,
+                    dtype=self.decoder.dtype,
+                    mpu=unit,
+                )
+
+    def backward(self, output: torch.Tensor, grad: torch.Tensor | None, last: bool) -> None:
+        """The backward pass of one microbatch. last: of the step. grad: None where `output` is the loss."""
+        # DeepSpeed notes the end of a backward pass at the next forward pass. A pipeline runs backward passes in a
+        # row, and stage 3 would then overwrite the first gradient with the second instead of adding: note it now.
+        self.engine.optimizer.clear_backward_seen_flag()
+        self.engine.set_gradient_accumulation_boundary(last)
+        loss = output.sum() if grad is None else _HandOver.apply(output, grad)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def _adamw(self, config: OptimizerConfig) -> torch.optim.AdamW:
+        """torch's fused AdamW, on the device or, with offload, on the host: nothing that has to be compiled first."""
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, param in self.decoder.named_parameters():
+            groups[decays(name, self.stored[name])].append(param)
+        return torch.optim.AdamW(
+            [
+                {"params": params, "weight_decay": config.weight_decay if decayed else 0.0}
+                for decayed, params in groups.items()
+                if params
+            ],
+            lr=config.lr,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            fused=True,
+        )
+
+    def reshard(self) -> None:
+        """Nothing to do: DeepSpeed gives gathered parameters back by itself."""
+
+
+def _placed(param: nn.Parameter) -> DTensor:
+    assert isinstance(param.data, DTensor)
+    return param.data
+
+
+class _HandOver(torch.autograd.Function):
+    """A scalar whose gradient with respect to `output` is `grad`: DeepSpeed's backward starts from scalars only."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(grad)
+        return torch.zeros((), device=output.device)
+
+    @staticmethod
+    def backward(ctx: Any, one: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = ctx.saved_tensors
+        return grad, None
