@@ -55,7 +55,7 @@ def memory_table(engine: Engine, figures: dict[str, Any]) -> list[str]:
     if zero.zero_engine == "torch":
         footprint = one_copy(precision.stored)
     else:
-        footprint = deepspeed(precision.compute, zero.offload_optimizer is not None)
+        footprint = deepspeed(precision.compute, zero.zero_stage, zero.offload_optimizer is not None)
     ranks = engine.grid.size("dp_shard")
     states = [field.name for field in dataclasses.fields(ModelStates)]
     peaks = {name: title for name, title in _PEAKS.items() if f"memory_stage0_{name}_bytes" in figures}

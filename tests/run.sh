@@ -2,16 +2,17 @@
 # Style, types and tests. Makes its own environment if there is none.
 #   bash tests/run.sh            the default run, about ten minutes on two cores
 #   bash tests/run.sh --slow     with the long sweeps
+#   bash tests/run.sh --compiles only what first builds operators of DeepSpeed (needs a compiler and libaio)
 #   bash tests/run.sh tests/pretrain -k resume      anything else goes to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/environment.sh
 
-select=(-m "not slow")
-if [[ "${1:-}" == "--slow" ]]; then
-    select=()
-    shift
-fi
+select=(-m "not slow and not compiles")
+case "${1:-}" in
+    --slow) select=(-m "not compiles"); shift ;;
+    --compiles) select=(-m compiles); shift ;;
+esac
 export OMP_NUM_THREADS=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 
 say "ruff"

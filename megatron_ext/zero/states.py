@@ -59,17 +59,18 @@ def one_copy(stored: torch.dtype) -> Footprint:
     return Footprint(ModelStates(size, size, 2 * size), sharded_from=ModelStates(1, 1, 1))
 
 
-def deepspeed(compute: torch.dtype, offload: bool) -> Footprint:
+def deepspeed(compute: torch.dtype, stage: int, offload: bool) -> Footprint:
     """DeepSpeed's (0.19): the paper's, with weights in the dtype that is computed in, and gradients in float32.
 
-    The update finds shards of the gradients at every stage, except at stage 1 in bf16 without `offload` (of the
-    optimizer to the host), which accumulates whole ones.
+    The update finds shards of the gradients at every stage. Only its stage 1 in bf16 without `offload` (of the
+    optimizer to the host) accumulates whole ones, and has those of the last microbatch beside them.
     """
-    whole_at_1 = compute == torch.bfloat16 and not offload
-    size, gradient = compute.itemsize, torch.float32.itemsize
+    size, gradient, sharded_from = compute.itemsize, torch.float32.itemsize, 1
+    if compute == torch.bfloat16 and stage == 1 and not offload:
+        gradient, sharded_from = gradient + size, 2
     return Footprint(
         dataclasses.replace(PAPER.bytes, weights=size, gradients=gradient),
-        dataclasses.replace(PAPER.sharded_from, gradients=2 if whole_at_1 else 1),
+        dataclasses.replace(PAPER.sharded_from, gradients=sharded_from),
     )
 
 

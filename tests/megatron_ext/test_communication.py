@@ -44,15 +44,15 @@ class Collectives(TorchDispatchMode):
         super().__init__()
         self.axes = {grid.mesh[axis].get_group().group_name: axis for axis in AXES if grid.size(axis) > 1}
         self.messages: Messages = Counter()
-        self.bytes: Counter[tuple[str, str]] = Counter()  # (axis, collective) -> of all messages
+        self.bytes: Messages = Counter()  # the same, in bytes of all of them together
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional") and func._opname not in _SILENT:
             kind, position = _OPERATORS[func._opname]  # an operator that is not known is an error, not a zero
             message = args[position][0] if isinstance(args[position], list) else args[position]
-            axis = self._axis(func, args)
-            self.messages[axis, kind, tuple(message.shape)] += 1
-            self.bytes[axis, kind] += message.nbytes
+            key = self._axis(func, args), kind, tuple(message.shape)
+            self.messages[key] += 1
+            self.bytes[key] += message.nbytes
         return func(*args, **(kwargs or {}))
 
     def _axis(self, func: Any, args: Any) -> str:
@@ -62,26 +62,31 @@ class Collectives(TorchDispatchMode):
         return self.axes.get(dist.ProcessGroup.unbox(args[argument]).group_name, "world")
 
 
-def collectives_of_a_step(config: EngineConfig) -> Collectives:
-    """Of the second step: the first also sets things up."""
+def collectives_of_a_step(config: EngineConfig) -> tuple[Messages, Messages]:
+    """Messages of the second step (the first also sets things up), and their bytes."""
     grid = build_grid(config.parallel, torch.device("cpu"))
     engine = Engine(config, grid)
     for step in range(2):
         batch = share(global_batch(config, step), grid, config.batch.micro_batch_size)
         with Collectives(grid) as collectives:
             engine.train_step(batch, LR)
-    return collectives
+    messages = collectives.messages
+    (scalars,) = (key for key in messages if key[1:] == (REDUCE, (3,)))  # loss, norm, wish to stop: of the whole world
+    assert messages.pop(scalars) == 1
+    assert collectives.bytes.pop(scalars) == 3 * 8
+    return messages, collectives.bytes
 
 
 def messages_of_a_step(config: EngineConfig) -> Messages:
-    messages = collectives_of_a_step(config).messages
-    (scalars,) = (key for key in messages if key[1:] == (REDUCE, (3,)))  # loss, norm, wish to stop: of the whole world
-    assert messages.pop(scalars) == 1
-    return messages
+    return collectives_of_a_step(config)[0]
 
 
 def bytes_of_a_step(config: EngineConfig) -> Counter[tuple[str, str]]:
-    return collectives_of_a_step(config).bytes
+    """By axis and collective."""
+    total: Counter[tuple[str, str]] = Counter()
+    for (axis, kind, _), size in collectives_of_a_step(config)[1].items():
+        total[axis, kind] += size
+    return total
 
 
 def volume(messages: Messages, axis: str) -> dict[str, int]:
@@ -154,20 +159,16 @@ def test_gradients_accumulated_whole_are_reduced_once_in_a_pipeline(pool: Pool, 
         assert sum(rank[GATHER] for rank in ranks) == 2 * 2 * m * psi
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_gradients_in_bfloat16_are_half_the_bytes(pool: Pool, stage: int) -> None:
-    options: dict[str, Any] = {"bf16": True, "zero_stage": stage, "zero_shard_size": 2 if stage else None}
-    config = tiny(**options)
-    shards, m = (2, config.batch.microbatches(4)) if stage else (4, 1)
-    elements = zero_volume(stage, parameters(config.model), m)
+@pytest.mark.parametrize("stage, shard", [(0, None), (1, 2), (2, 2), (3, 2)])
+def test_gradients_in_bfloat16_are_half_the_bytes(pool: Pool, stage: int, shard: int | None) -> None:
     for flag, size in ((False, 4), (True, 2)):
-        config = tiny(**options, grad_reduce_in_bf16=flag)
+        config = tiny(bf16=True, zero_stage=stage, zero_shard_size=shard, grad_reduce_in_bf16=flag)
+        psi = parameters(config.model)
+        elements = zero_volume(stage, psi, config.batch.microbatches(4))
         expected = {("dp_shard", kind): n * (2 if kind == GATHER else size) for kind, n in elements.items()}
-        if stage:
-            expected["dp_replicate", REDUCE] = parameters(config.model) // shards * size
-        for sent in pool.run(bytes_of_a_step, 4, config):
-            assert sent.pop(("world", REDUCE)) == 3 * 8  # loss, norm, wish to stop
-            assert sent == expected
+        if shard is not None:
+            expected["dp_replicate", REDUCE] = psi // shard * size
+        assert pool.run(bytes_of_a_step, 4, config) == [expected] * 4
 
 
 @pytest.mark.parametrize("recompute", [None, "full"])
@@ -270,7 +271,9 @@ def test_zero_memory(pool: Pool, stage: int, shard: int | None, accumulate: bool
     n = shard or 1
     whole_weights = 4 if stage in (1, 2) else 0  # gathered once a step, beside the shards
     gradients = 4 if stage == 1 or accumulate else 4 / n  # accumulated whole, until the last microbatch
-    if stage in (2, 3) and not accumulate:  # FSDP keeps the input of its last reduce-scatter, the embedding's, until the next one
+    if (
+        stage in (2, 3) and not accumulate
+    ):  # FSDP keeps the input of its last reduce-scatter, the embedding's, until the next one
         model = config.model
         gradients += 4 * model.vocab_size * model.hidden_size / parameters(model)
     for between_steps, before_update, between_microbatches in pool.run(memory, 4, config):

@@ -12,15 +12,29 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 
+from megatron_ext.engine import BatchConfig, Engine, EngineConfig
+from megatron_ext.mesh import build_grid
 from megatron_ext.optim import LossScaler, PrecisionConfig
 from tests.distributed import Pool
 from tests.megatron_ext.hugging_face import llama_like
 from tests.megatron_ext.layouts import Layout, Reference, assert_parity, layout
-from tests.megatron_ext.training import LR, STEPS, global_batch, initial_weights, tiny, train, worst
+from tests.megatron_ext.training import (
+    LR,
+    STEPS,
+    Run,
+    global_batch,
+    initial_weights,
+    one_process,
+    tiny,
+    train,
+    worst,
+)
 
 TIED: dict[str, Any] = {"untie_embeddings_and_output_weights": False}
 BIASED: dict[str, Any] = {"add_qkv_bias": True, "add_bias_linear": True}
+ACCUMULATED: dict[str, Any] = {"zero": 3, "accumulate_then_reduce": True}
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble", "zbv", "dualpipev")
 LAYOUTS: dict[str, Layout] = {
     "TP2": layout(tp=2),
@@ -40,6 +54,15 @@ LAYOUTS: dict[str, Layout] = {
         for zero in (2, 3)
     },
     "PP2 DP4 zbv in shards of 2, ZeRO-3": layout(pp=2, dp=4, schedule="zbv", zero=3, zero_shard_size=2),
+    "DP4 ZeRO-3, accumulated": layout(dp=4, **ACCUMULATED),
+    "TP2 PP2 DP2 SP ZeRO-3, accumulated": layout(2, 2, 2, sp=True, **ACCUMULATED),
+    **{
+        f"PP2 DP2 {schedule} ZeRO-3, accumulated": layout(pp=2, dp=2, schedule=schedule, **ACCUMULATED)
+        for schedule in ("interleaved", "zero-bubble", "zbv")
+    },
+    "PP2 DP4 zbv in shards of 2, ZeRO-3, accumulated": layout(
+        pp=2, dp=4, schedule="zbv", zero_shard_size=2, **ACCUMULATED
+    ),
     "TP2 DP2 ZeRO-3, vocabulary 997": layout(tp=2, dp=2, zero=3, vocab_size=997),
     "DP2 ZeRO-1, tied": layout(dp=2, zero=1, **TIED),
     "DP2 ZeRO-3, tied": layout(dp=2, zero=3, **TIED),
@@ -75,6 +98,9 @@ FLOAT64_LATER = {
     "TP2 PP2 DP2 SP ZeRO-2",
     "PP2 DP2 zero-bubble ZeRO-3",
     "PP2 DP2 interleaved ZeRO-2",
+    "PP2 DP2 interleaved ZeRO-3, accumulated",
+    "PP2 DP2 zero-bubble ZeRO-3, accumulated",
+    "PP2 DP4 zbv in shards of 2, ZeRO-3, accumulated",
     "PP2 DP2 ZeRO-1, tied",
     "PP2 zero-bubble, recompute selective",
 }
@@ -129,6 +155,7 @@ def test_one_process_equals_transformers_and_torch_adamw(
     assert worst(expected.norms, torch.stack(norms)) <= 1e-9
 
 
+BF16 = 1e-3, 1e-2  # bounds of relative differences from float32: of losses, of gradient norms
 HALF_LAYOUTS = {
     "one process": layout(),
     "TP2 SP": layout(tp=2, sp=True),
@@ -140,18 +167,73 @@ HALF_LAYOUTS = {
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", HALF_LAYOUTS)
 def test_half_precision_stays_close_to_float32(pool: Pool, reference: Reference, name: str, half: str) -> None:
-    case = HALF_LAYOUTS[name]
-    config = tiny(**case.options)
-    expected = reference(config)
+    config = tiny(**HALF_LAYOUTS[name].options)
     precision = PrecisionConfig(fp16=True, initial_loss_scale=2.0**10) if half == "fp16" else PrecisionConfig(bf16=True)
-    runs = pool.run(train, case.ranks, dataclasses.replace(config, precision=precision))
+    runs = pool.run(train, HALF_LAYOUTS[name].ranks, dataclasses.replace(config, precision=precision))
+    assert_close_to_float32(runs, reference(config), f"{name}, {half}", *{"bf16": BF16, "fp16": (2e-4, 2e-3)}[half])
+
+
+def assert_close_to_float32(runs: list[Run], expected: Run, name: str, loss_bound: float, norm_bound: float) -> None:
     loss = max(worst(run.losses, expected.losses) for run in runs)
     norm = max(worst(run.norms, expected.norms) for run in runs)
-    print(f"{name}, {half}: largest relative difference {loss:.1e} (loss), {norm:.1e} (gradient norm)")
+    print(f"{name}: largest relative difference {loss:.1e} (loss), {norm:.1e} (gradient norm)")
     assert not runs[0].skipped.any()
-    loss_bound, norm_bound = {"bf16": (1e-3, 1e-2), "fp16": (2e-4, 2e-3)}[half]
     assert loss <= loss_bound
     assert norm <= norm_bound
+
+
+REDUCED_IN_BF16: dict[str, Any] = {"bf16": True, "grad_reduce_in_bf16": True}
+BF16_LAYOUTS = {
+    **{f"DP4 ZeRO-{zero}": layout(dp=4, zero=zero, **REDUCED_IN_BF16) for zero in (0, 3)},
+    **{
+        f"DP4 in shards of 2, ZeRO-{zero}": layout(dp=4, zero=zero, zero_shard_size=2, **REDUCED_IN_BF16)
+        for zero in (1, 2, 3)
+    },
+    "DP2 ZeRO-3, accumulated": layout(dp=2, **ACCUMULATED, **REDUCED_IN_BF16),
+    "PP2 DP2 zero-bubble ZeRO-1": layout(pp=2, dp=2, schedule="zero-bubble", zero=1, **REDUCED_IN_BF16),
+    "TP2 PP2 DP2 SP ZeRO-2": layout(2, 2, 2, sp=True, zero=2, **REDUCED_IN_BF16),
+}
+
+
+@pytest.mark.parametrize("name", BF16_LAYOUTS)
+def test_gradients_that_travel_in_bfloat16_stay_close_to_float32(pool: Pool, reference: Reference, name: str) -> None:
+    config = tiny(**BF16_LAYOUTS[name].options)
+    runs = pool.run(train, BF16_LAYOUTS[name].ranks, config)
+    assert_close_to_float32(runs, reference(dataclasses.replace(config, precision=PrecisionConfig())), name, *BF16)
+
+
+def gradients_of_equal_samples(config: EngineConfig) -> dict[str, torch.Tensor]:
+    """Of a batch that repeats one sample. Collective."""
+    grid = build_grid(config.parallel, torch.device("cpu"))
+    engine = Engine(config, grid)
+    rows = config.batch.microbatches(grid.dp_size) * config.batch.micro_batch_size
+    sample = {name: tensor[:1] for name, tensor in global_batch(config, 0).items()}
+    engine.pipeline.forward_backward({name: tensor.repeat(rows, 1) for name, tensor in sample.items()})
+    return {name: _whole_gradient(param) for name, param in engine.parameters.items()}
+
+
+def _whole_gradient(param: torch.nn.Parameter) -> torch.Tensor:
+    assert isinstance(param.grad, DTensor)
+    return param.grad.full_tensor()
+
+
+ACCUMULATING = {name: case for name, case in BF16_LAYOUTS.items() if "TP2" not in name} | {
+    # whose last microbatches' gradients come one after the other, without a pass of FSDP's own between them
+    "PP4 DP2 zero-bubble ZeRO-1, reduced in float32": layout(pp=4, dp=2, schedule="zero-bubble", zero=1, bf16=True)
+}
+
+
+@pytest.mark.parametrize("name", ACCUMULATING)
+def test_gradients_computed_in_bfloat16_are_accumulated_in_float32(pool: Pool, name: str) -> None:
+    """With equal samples every rank and microbatch has the same gradient, whose multiples bfloat16 cannot hold (3 and
+    5 times need bits that it lacks) but float32 can, as both can the whole sum: it is, divided, that one gradient."""
+    config = tiny(**ACCUMULATING[name].options | {"micro_batch_size": 1, "global_batch_size": 32})
+    alone = dataclasses.replace(one_process(config), batch=BatchConfig(1, 1, config.batch.seq_length))
+    (expected,) = pool.run(gradients_of_equal_samples, 1, alone)
+    for gradients in pool.run(gradients_of_equal_samples, ACCUMULATING[name].ranks, config):
+        for parameter, gradient in gradients.items():
+            assert gradient.dtype == torch.float32
+            assert torch.equal(gradient, expected[parameter].bfloat16().float()), parameter
 
 
 @pytest.mark.parametrize("name", HALF_LAYOUTS)

@@ -85,7 +85,14 @@ def _of_stage_3(optimizer: Any, changed: bool) -> Iterator[Fragment]:
             optimizer._optimizer_states_and_gradient_swap_out(i)
         elif swapped:
             optimizer._release_swap_buffers(i)
-    if changed and optimizer.persistent_parameters:
+    if changed:
+        gather_persistent(optimizer)
+        optimizer.invalidate_secondary_tensor()  # hpZ's second copies
+
+
+def gather_persistent(optimizer: Any) -> None:
+    """Stage 3 keeps small parameters whole on every rank between steps: make them so again from their shards."""
+    if optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
@@ -95,3 +102,33 @@ def _moments(adam: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, torch
         state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
         state.update({moment: torch.zeros_like(flat.detach()) for moment in MOMENTS})
     return {moment: state[moment] for moment in MOMENTS}
+
+
+def weights(engine: Any) -> Iterator[torch.Tensor]:
+    """The weights in the computing dtype that this rank holds: whole ones and, at stage 3, shards."""
+    for param in engine.module.parameters():
+        yield param.detach()
+        if hasattr(param, "ds_tensor"):
+            yield param.ds_tensor
+
+
+def gradients(engine: Any) -> Iterator[torch.Tensor]:
+    """What is held of gradients between the last backward pass and the update, under all names it has."""
+    optimizer = engine.optimizer
+    yield from _tensors([param.grad for param in engine.module.parameters()])
+    yield from _tensors([flat.grad for flat in optimizer.optimizer.state])
+    for name in (
+        "averaged_gradients",  # stages 1 and 2
+        "accumulated_grads_in_cpu",  # with offload
+        "fp32_groups_gradients_flat",  # stage 1 in bf16
+        "grad_partitions_flat_buffer",  # stage 3
+    ):
+        yield from _tensors(getattr(optimizer, name, None))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value.detach()
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)

@@ -10,8 +10,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from megatron_ext.models import ModelConfig, initialize_parameter
 from megatron_ext.optim import MOMENTS, States
-from megatron_ext.zero.deepspeed.masters import WEIGHT, fragments
+from megatron_ext.zero.deepspeed.masters import WEIGHT, fragments, gather_persistent, gradients, weights
 from megatron_ext.zero.deepspeed.stage import DeepSpeedStage
+from megatron_ext.zero.states import ModelStates, held
 
 
 class DeepSpeedOptimizer:
@@ -24,6 +25,7 @@ class DeepSpeedOptimizer:
     def __init__(self, stage: DeepSpeedStage, model: ModelConfig, seed: int):
         self._stage, self._engine = stage, stage.engine
         self._dp = stage.grid.mesh["dp_shard"]
+        self._gradient_bytes = 0
         self._names = {param: name for name, param in stage.decoder.named_parameters()}
 
         def initial(name: str, state: str) -> torch.Tensor | None:
@@ -41,10 +43,13 @@ class DeepSpeedOptimizer:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `optim.Optimizer.update`; the norm, over pp, dp and tp, and the clipping by it are DeepSpeed's."""
         dist.all_reduce(sums)
+        self._gradient_bytes = held(gradients(self._engine))
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
         skipped = bool(self._engine.optimizer.overflow)
+        if skipped and self._engine.zero_optimization_stage() == 3:
+            gather_persistent(self._engine.optimizer)  # which DeepSpeed itself forgets where it skips a step
         norm = float("inf") if skipped else float(self._engine.get_global_grad_norm())
         return sums, sums.new_tensor(norm), sums.new_tensor(skipped, dtype=torch.float32)
 
@@ -56,6 +61,14 @@ class DeepSpeedOptimizer:
     def set_step_count(self, steps: torch.Tensor) -> None:
         for state in self._adam.state.values():
             state["step"].copy_(steps)
+
+    def model_states(self) -> ModelStates:
+        """Bytes that this rank holds in memory, on the device and on the host: see `optim.Optimizer.model_states`.
+
+        Weights are those in the computing dtype; the float32 masters count as the optimizer's, as in the ZeRO paper.
+        """
+        states = [tensor for state in self._adam.state.values() for tensor in state.values()]
+        return ModelStates(held(weights(self._engine)), self._gradient_bytes, held([*self._adam.state, *states]))
 
     @property
     def _adam(self) -> torch.optim.Optimizer:

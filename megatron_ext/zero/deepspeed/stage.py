@@ -1,5 +1,7 @@
 """A pipeline stage under DeepSpeed's ZeRO: our layers and our schedule outside, its sharding inside."""
 
+import contextlib
+import io
 from typing import Any
 
 import torch
@@ -35,14 +37,16 @@ class DeepSpeedStage:
         for name, param in decoder.named_parameters():
             # the norm counts what is not cut over tp once, on the first rank of the tp group
             param.model_parallel = not self.stored[name].placements[0].is_replicate()  # type: ignore[attr-defined]
-        self.engine, *_ = deepspeed.initialize(
-            model=decoder, optimizer=self._adamw(optimizer), config=settings, mpu=unit
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what memory there is
+            self.engine, *_ = deepspeed.initialize(
+                model=decoder, optimizer=self._adamw(optimizer), config=settings, mpu=unit
+            )
         self.module: nn.Module = self.engine
 
     def _materialise(self, settings: dict[str, Any], unit: ModelParallelUnit) -> None:
         """Give the parameters storage; at stage 3 layer by layer, each sharded before the next one exists."""
         from deepspeed.runtime.zero import Init
+        from deepspeed.utils import groups
 
         tied: dict[Any, Any] = {}
         for child in (*self.decoder.layers.values(), self.decoder):
@@ -54,6 +58,7 @@ class DeepSpeedStage:
                     config_dict_or_path=settings,
                     dtype=self.decoder.dtype,
                     mpu=unit,
+                    zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),  # hpZ's, once it exists
                 )
 
     def backward(self, output: torch.Tensor, grad: torch.Tensor | None, last: bool) -> None:

@@ -1,0 +1,1 @@
+"""Step time and memory of ZeRO, native and DeepSpeed's, beside DistributedDataParallel."""

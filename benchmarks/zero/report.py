@@ -1,0 +1,65 @@
+"""The figures as a table and as a picture. A row is what `benchmarks.zero.__main__.measure` makes of a contender."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.zero.contenders import Task
+from megatron_ext.errors import RequestError
+from megatron_ext.models.count import parameters
+
+
+def heading(task: Task) -> str:
+    config, device = task.config, task.grid.device
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    batch, ranks = config.batch, task.grid.dp_size
+    return (
+        f"torch {torch.__version__}, {ranks} ranks on {where}, {str(config.precision.compute).removeprefix('torch.')}: "
+        f"{parameters(config.model) / 1e6:.1f} M parameters, "
+        f"{batch.microbatches(ranks)} microbatches of {batch.micro_batch_size} x {batch.seq_length} tokens a rank"
+    )
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    print("step: median over rounds, its ratio to DDP's of the same round, quartiles of that; memory of a rank in MiB")
+    print(f"{'':30s}{'ms':>8s}{'/ DDP':>7s}{'':13s}{'weights':>9s}{'grads':>8s}{'optim.':>8s}{'peak':>9s}{'/ DDP':>7s}")
+    for row in rows:
+        low, high = row["quartiles"]
+        sizes = "".join(f"{row[key] / 2**20:{n}.1f}" for key, n in (("weights", 9), ("gradients", 8), ("optimizer", 8)))
+        time = f"{row['seconds'] * 1e3:8.1f}{row['ratio']:7.2f}  {low:.2f} - {high:.2f}"
+        print(f"{row['name']:30s}{time}{sizes}{row['peak'] / 2**20:9.1f}{row['peak'] / rows[0]['peak']:7.2f}")
+
+
+def check_plot(file: str) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RequestError(f"--plot {file}: matplotlib is not installed: pip install matplotlib")
+    if Path(file).suffix not in (".png", ".svg", ".pdf"):
+        raise RequestError(f"--plot {file}: must end in .png, .svg or .pdf")
+
+
+def draw(rows: list[dict[str, Any]], title: str, output: str) -> None:
+    """Step times by DDP's, with quartiles, and memory: states as stacked bars, peaks as marks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.5 + 0.4 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize="small")
+    time, memory = figure.subplots(1, 2, sharey=True)
+    names, ratios = [row["name"] for row in rows], [row["ratio"] for row in rows]
+    below = [row["ratio"] - row["quartiles"][0] for row in rows]
+    above = [row["quartiles"][1] - row["ratio"] for row in rows]
+    time.barh(names, ratios, xerr=[below, above], color="tab:gray")
+    time.set_xlabel("step time / DDP's (median, quartiles)")
+    left = [0.0] * len(rows)
+    for key in ("weights", "gradients", "optimizer"):
+        sizes = [row[key] / 2**20 for row in rows]
+        memory.barh(names, sizes, left=left, label=key)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    memory.plot([row["peak"] / 2**20 for row in rows], names, "k|", markersize=14, label="peak in a step")
+    memory.set_xlabel("MiB of a rank")
+    memory.legend()
+    time.invert_yaxis()
+    figure.savefig(output, dpi=120)
