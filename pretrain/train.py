@@ -101,7 +101,7 @@ class Trainer:
         total = sum(s.trained + s.frozen for s in selections)
         self.console.say(
             f" {total:,} parameters, vocabulary {model.vocab_size} | {self.grid.describe} | "
-            f"ZeRO-{self.config.zero.zero_stage} | {self.engine.pipeline.n_microbatches} microbatches of "
+            f"{self.config.zero.describe} | {self.engine.pipeline.n_microbatches} microbatches of "
             f"{self.config.batch.micro_batch_size} x {self.config.batch.seq_length} tokens per rank | "
             f"compute in {str(self.config.precision.compute).removeprefix('torch.')} on {self.grid.device.type}"
         )

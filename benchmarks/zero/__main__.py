@@ -6,9 +6,10 @@ rounds; a busy machine slows all of a round alike, so times are given as the rat
 
 Memory is that of the rank with most of it: weights, gradients (as the update finds them) and optimizer states, and the
 most that lives at once in a step, on the device. What is offloaded (GPUs only) is among the former, not the latter.
+All stay on the device together, a dozen models on a GPU.
 
     torchrun --nproc-per-node 2 -m benchmarks.zero
-    torchrun --nproc-per-node 8 -m benchmarks.zero --model llama3.2-1b --plot zero.png
+    torchrun --nproc-per-node 8 -m benchmarks.zero --model llama2-7b --num-layers 4 --plot zero.png
 
 Exit codes: 0 done, 1 they did not train alike, 2 the request is wrong.
 """
@@ -102,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zero", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", choices=preset_names(), default="tinyllama-1.1b" if cuda else None, help="a preset")
-    parser.add_argument("--num-layers", type=int, help="instead of the preset's own")
+    parser.add_argument("--num-layers", type=int, default=8 if cuda else None, help="instead of the preset's own")
     parser.add_argument("--seq-length", type=int, default=2048 if cuda else 128)
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--microbatches", type=int, default=4, help="of a rank, in a step")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron_ext.engine import Batch, BatchConfig, Engine, EngineConfig
@@ -24,6 +25,7 @@ from megatron_ext.optim import PrecisionConfig, decays
 from megatron_ext.tensor_parallel import distribute_parameters, localize_parameters
 from megatron_ext.zero import ZeroConfig
 from megatron_ext.zero.deepspeed.check import check_installed
+from megatron_ext.zero.deepspeed.known import BF16_STAGE_1, KNOWN
 from megatron_ext.zero.states import ModelStates, held
 
 DDP = "DDP"
@@ -83,8 +85,9 @@ def ddp(task: Task) -> Contender:
     placed = dict(decoder.named_parameters())
     localize_parameters(decoder, task.grid.device, config.precision.stored, {})
     params = dict(decoder.named_parameters())
-    for name, param in params.items():
-        initialize_parameter(name, placed[name], param.detach(), config.model, config.seed)
+    for name, where in placed.items():
+        assert isinstance(where, DTensor)
+        initialize_parameter(name, where, params[name].detach(), config.model, config.seed)
     model = DistributedDataParallel(decoder, gradient_as_bucket_view=True)
     decayed = [param for name, param in params.items() if decays(name, param)]
     others = [param for name, param in params.items() if not decays(name, param)]
@@ -127,14 +130,19 @@ def ours(task: Task, **zero: Any) -> Contender:
     return Contender(lambda: engine.train_step(task.batch, _LR)[:2], engine.model_states)
 
 
-def deepspeed(task: Task, **zero: Any) -> Contender:
+def deepspeed(task: Task, zero_stage: int, **zero: Any) -> Contender:
     """With its sizes in the proportion to this model that they have to one of 7 billion parameters."""
     share = min(1.0, parameters(task.config.model) / _DEEPSPEED_PARAMETERS)
-    sizes = {name: 2 * round(size * share / 2) for name, size in _DEEPSPEED_SIZES.items()}
+    where = BF16_STAGE_1 if zero_stage == 1 and task.config.precision.bf16 else str(zero_stage)
+    sizes = {
+        name: 2 * round(size * share / 2)  # DeepSpeed wants them even
+        for name, size in _DEEPSPEED_SIZES.items()
+        if where in KNOWN[f"zero_optimization.{name}"].stages
+    }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "deepspeed.json"
         file.write_text(json.dumps({"zero_optimization": sizes}), encoding="utf-8")
-        return ours(task, zero_engine="deepspeed", deepspeed_config=str(file), **zero)
+        return ours(task, zero_stage=zero_stage, zero_engine="deepspeed", deepspeed_config=str(file), **zero)
 
 
 def contenders(task: Task) -> dict[str, Callable[[], Contender]]:

@@ -121,6 +121,7 @@ class Optimizer:
         """
         self._gradient_bytes = held(p.grad for p in self.params.values() if p.grad is not None)
         found_inf = (~norm.isfinite()).to(torch.float32)
+        skipped = found_inf.to(self._home)
         if self._adam is not None:
             factor = 1.0 / loss_scale
             if self.config.clip_grad > 0:
@@ -135,10 +136,9 @@ class Optimizer:
                 torch._foreach_mul_(grads, factor.to(self._home, grads[0].dtype))
             for group in self._adam.param_groups:
                 group["lr"] = lr
-            # the fused kernel skips by itself; moved here, because torch would not wait for the copy
-            self._adam.found_inf = found_inf.to(self._home)  # type: ignore[attr-defined]
+            self._adam.found_inf = skipped  # type: ignore[attr-defined]  # the fused kernel skips by itself
             self._adam.step()
-        self.step_count += 1 - found_inf.to(self._home)
+        self.step_count += 1 - skipped
         self.zero_grad()
         return found_inf
 
@@ -148,7 +148,7 @@ class Optimizer:
             self._locals[name].grad = None
 
     def model_states(self) -> ModelStates:
-        """Bytes that this rank holds: of weights and optimizer states now, of gradients as the last update found them."""
+        """Bytes that this rank holds: weights and optimizer states now, gradients as the last update found them."""
         states = [] if self._adam is None else [t for state in self._adam.state.values() for t in state.values()]
         return ModelStates(held(self._named.values()), self._gradient_bytes, held([self.step_count, *states]))
 

@@ -28,12 +28,27 @@ class ZeroConfig:
         None, "DeepSpeed's own settings, which must not contradict the flags", metavar="FILE.json"
     )
 
+    @property
+    def describe(self) -> str:
+        """'ZeRO-3 by DeepSpeed, optimizer on nvme'."""
+        parts = [f"ZeRO-{self.zero_stage}" + (" by DeepSpeed" if self.zero_engine == "deepspeed" else "")]
+        if self.offload_optimizer is not None:
+            parts.append(f"optimizer on {self.offload_optimizer}")
+        if self.offload_param is not None:
+            parts.append(f"parameters on {self.offload_param}")
+        return ", ".join(parts)
+
     def validate_flags(self, bf16: bool) -> None:
         """Raise RequestError for what no engine could make sense of."""
         if "nvme" not in (self.offload_optimizer, self.offload_param):
             refuse_unused(self, ("nvme_path",), "--offload-optimizer nvme or --offload-param nvme")
         if self.grad_reduce_in_bf16 and not bf16:
             raise RequestError("--grad-reduce-in-bf16 needs --bf16")
+        if self.accumulate_then_reduce and self.zero_stage != 3:
+            raise RequestError(
+                f"--accumulate-then-reduce needs --zero-stage 3: stages 0 and 1 always do, and stage 2 with it is "
+                f"stage 1 (--zero-stage {self.zero_stage})"
+            )
 
     def validate_torch(self, model: ModelConfig, tp: int, dp_shard: int) -> None:
         """Raise RequestError where FSDP2 cannot shard this model so."""
@@ -49,11 +64,6 @@ class ZeroConfig:
                 "--offload-optimizer cpu takes the weights along, which are the optimizer's own"
             )
         refuse_unused(self, ("deepspeed_config",), "--zero-engine deepspeed")
-        if self.accumulate_then_reduce and self.zero_stage != 3:
-            raise RequestError(
-                f"--accumulate-then-reduce needs --zero-stage 3: stages 0 and 1 always do, and stage 2 with it is "
-                f"stage 1 (--zero-stage {self.zero_stage})"
-            )
         if self.zero_stage == 0 or tp == 1 or dp_shard == 1:
             return
         if model.hidden_size % dp_shard:  # TP cuts one dimension, ZeRO the other: the hidden one

@@ -42,12 +42,13 @@ class DataParallel:
         # FSDP is what offloads: with it a rank that shares with nobody has a single shard
         self.stage = zero.zero_stage if offload or grid.size("dp_shard") > 1 else 0
         self._reduces_each = self.stage >= 2 and not zero.accumulate_then_reduce
-        self._reduce_scatter = Bfloat16ReduceScatter() if zero.grad_reduce_in_bf16 else None
+        self._in_bf16 = zero.grad_reduce_in_bf16
+        self._reduce_scatter = Bfloat16ReduceScatter()
         if self.stage:
             shard(decoder, grid, self.stage == 3, offload)
-        if self._reduce_scatter is not None:
-            for module in fsdp_modules(decoder):
-                module.set_custom_reduce_scatter(self._reduce_scatter)
+            if self._in_bf16:
+                for module in fsdp_modules(decoder):
+                    module.set_custom_reduce_scatter(self._reduce_scatter)
 
     @property
     def summed_over(self) -> int:
@@ -87,8 +88,7 @@ class DataParallel:
         module.set_requires_gradient_sync(reduce)
         if reduce and self.grid.size("dp_replicate") > 1:
             module.set_requires_all_reduce(last)
-            if self._reduce_scatter is not None:
-                self._reduce_scatter.partial = not last
+            self._reduce_scatter.partial = not last
 
     def reshard(self) -> None:
         """Give back gathered parameters after a pass without backward: they go stale at the next optimizer step."""
@@ -110,7 +110,7 @@ class DataParallel:
             p.grad = DTensor.from_local(
                 grad.to_local(), grad.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
             )
-        dtype = None if self._reduce_scatter is None else torch.bfloat16
+        dtype = torch.bfloat16 if self._in_bf16 else None
         for axis in ("dp_shard", "dp_replicate"):
             if self.grid.size(axis) > 1:
                 all_reduce([_grad(p).to_local() for p in params], self.grid.mesh[axis].get_group(), dtype)

@@ -24,14 +24,19 @@ class Bfloat16ReduceScatter(DefaultReduceScatter):
         return super().allocate(size, dtype=dtype if self.partial else torch.bfloat16, device=device)
 
     def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> dist.Work | None:
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> Any:
         if not self.partial:
-            return super().__call__(output_tensor, input_tensor, *args, **kwargs)
+            return super().__call__(output_tensor, input_tensor, group, op, async_op)
         received = torch.empty_like(output_tensor, dtype=torch.bfloat16)
-        super().__call__(received, input_tensor.bfloat16(), *args, **kwargs)
+        work = super().__call__(received, input_tensor.bfloat16(), group, op)
         output_tensor.copy_(received)
-        return None
+        return work
 
 
 def all_reduce(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup, dtype: torch.dtype | None = None) -> None:

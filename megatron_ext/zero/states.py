@@ -62,12 +62,15 @@ def one_copy(stored: torch.dtype) -> Footprint:
 def deepspeed(compute: torch.dtype, stage: int, offload: bool) -> Footprint:
     """DeepSpeed's (0.19): the paper's, with weights in the dtype that is computed in, and gradients in float32.
 
-    The update finds shards of the gradients at every stage. Only its stage 1 in bf16 without `offload` (of the
-    optimizer to the host) accumulates whole ones, and has those of the last microbatch beside them.
+    The update finds shards of the gradients at every stage, with `offload` (of the optimizer to the host) two sets:
+    the one that was accumulated and the optimizer's. In bf16 stage 1 without it accumulates whole ones, and has the
+    last microbatch's beside them; in float32 stage 1 with it has one set.
     """
     size, gradient, sharded_from = compute.itemsize, torch.float32.itemsize, 1
-    if compute == torch.bfloat16 and stage == 1 and not offload:
+    if stage == 1 and not offload and compute == torch.bfloat16:
         gradient, sharded_from = gradient + size, 2
+    elif offload and not (stage == 1 and compute == torch.float32):
+        gradient = 2 * gradient
     return Footprint(
         dataclasses.replace(PAPER.bytes, weights=size, gradients=gradient),
         dataclasses.replace(PAPER.sharded_from, gradients=sharded_from),

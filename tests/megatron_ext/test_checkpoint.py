@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
 import megatron_ext.checkpoint.directory
 import megatron_ext.checkpoint.save
@@ -34,7 +35,7 @@ from megatron_ext.mesh import build_grid
 from megatron_ext.models import ModelConfig
 from megatron_ext.tensor_parallel import LoraConfig
 from tests.distributed import Pool
-from tests.megatron_ext.training import tiny
+from tests.megatron_ext.training import LR, global_batch, share, tiny
 
 
 def manifest(iteration: int) -> Manifest:
@@ -420,3 +421,46 @@ def test_a_file_that_is_hashed_while_it_is_written_cannot_be_changed(tmp_path: P
     with files.create_stream(tmp_path / "file", "rb") as stream:
         assert stream.read() == b"some"
     assert files.sha256 == {"file": hashlib.sha256(b"some").hexdigest()}
+
+
+OFFLOADED: dict[str, Any] = {"zero_stage": 2, "offload_optimizer": "cpu"}
+RESIDENT: dict[str, Any] = {"zero_stage": 3}
+
+
+def save_then_load(root: Path, saved: EngineConfig, loaded: EngineConfig) -> tuple[list[float], list[float]]:
+    """Figures of two steps after a save, and of the same steps after a load into another engine."""
+
+    def train(engine: Engine, steps: range) -> list[float]:
+        batches = (share(global_batch(saved, i), engine.grid, saved.batch.micro_batch_size) for i in steps)
+        return torch.stack([engine.train_step(batch, LR) for batch in batches]).flatten().tolist()
+
+    engine = build(saved)
+    train(engine, range(2))
+    writer = CheckpointWriter(root, engine)
+    writer.save(manifest_of(engine, 2), {})
+    other = build(loaded)
+    load_checkpoint(other, find_checkpoint(root))
+    ours, theirs = whole_states(engine), whole_states(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    return train(engine, range(2, 4)), train(other, range(2, 4))
+
+
+def whole_states(engine: Engine) -> dict[tuple[str, str], torch.Tensor]:
+    states = engine.states()
+    tensors = {"weight": states.weights, **states.moments}
+    return {
+        (kind, name): tensor.full_tensor()
+        for kind, part in tensors.items()
+        for name, tensor in part.items()
+        if isinstance(tensor, DTensor)
+    }
+
+
+@pytest.mark.parametrize("saved, loaded", [(OFFLOADED, RESIDENT), (RESIDENT, OFFLOADED)], ids=["to host", "from host"])
+def test_a_checkpoint_does_not_know_where_the_states_were(
+    pool: Pool, tmp_path: Path, saved: dict[str, Any], loaded: dict[str, Any]
+) -> None:
+    another = dataclasses.replace(tiny(**loaded), seed=9)
+    for straight, resumed in pool.run(save_then_load, 2, tmp_path, tiny(**saved), another):
+        assert resumed == straight

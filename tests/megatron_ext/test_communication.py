@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_ext.engine import Engine, EngineConfig
 from megatron_ext.mesh import AXES, ProcessGrid, build_grid
 from megatron_ext.models.count import parameters, parameters_per_layer
+from megatron_ext.models.decoder import DecoderLayer
 from megatron_ext.pipeline import SCHEDULES
 from megatron_ext.zero import DataParallel
 from tests.distributed import Pool
@@ -34,6 +35,7 @@ _OPERATORS: dict[str, tuple[str, int]] = {  # what it is, and which argument is 
 }
 _SILENT = ("recv_", "wait_tensor")  # what another rank sends; what waits for a collective
 
+CPU = torch.device("cpu")
 Messages = Counter[tuple[str, str, tuple[int, ...]]]  # (axis, collective, shape of the message) -> how many
 
 
@@ -64,7 +66,7 @@ class Collectives(TorchDispatchMode):
 
 def collectives_of_a_step(config: EngineConfig) -> tuple[Messages, Messages]:
     """Messages of the second step (the first also sets things up), and their bytes."""
-    grid = build_grid(config.parallel, torch.device("cpu"))
+    grid = build_grid(config.parallel, CPU)
     engine = Engine(config, grid)
     for step in range(2):
         batch = share(global_batch(config, step), grid, config.batch.micro_batch_size)
@@ -117,6 +119,31 @@ def test_zero_volume(pool: Pool, dp: int, stage: int) -> None:
     for messages in pool.run(messages_of_a_step, dp, config):
         assert volume(messages, "dp_shard") == zero_volume(stage, parameters(config.model), m)
         assert {axis for axis, _, _ in messages} == {"dp_shard"}
+
+
+def gathers_before_each_layer(config: EngineConfig) -> list[int]:
+    """How many gathers had been issued when each layer of the first microbatch began to compute."""
+    grid = build_grid(config.parallel, CPU)
+    engine = Engine(config, grid)
+    issued = []
+    compute = DecoderLayer._layer
+
+    def watched(self: DecoderLayer, *args: Any) -> torch.Tensor:
+        issued.append(sum(count for (_, kind, _), count in collectives.messages.items() if kind == GATHER))
+        return compute(self, *args)
+
+    DecoderLayer._layer = watched  # type: ignore[method-assign]
+    with Collectives(grid) as collectives:
+        engine.train_step(share(global_batch(config, 0), grid, config.batch.micro_batch_size), LR)
+    return issued[: config.model.num_layers]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_next_group_is_gathered_while_a_layer_computes(pool: Pool, stage: int) -> None:
+    """Before layer k computes: the embedding, the layers up to k, and one more: layer k + 1, or at last the head."""
+    config = tiny(zero_stage=stage)
+    for issued in pool.run(gathers_before_each_layer, 2, config):
+        assert issued == [1 + (k + 1) + 1 for k in range(config.model.num_layers)]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -218,8 +245,8 @@ def test_pipeline_messages(pool: Pool, tp: int) -> None:
         assert sent == {("pp", SEND, (2, 16 // tp, 32)): m}
 
 
-def resident_bytes() -> int:
-    """Bytes of all storages that any tensor of this process refers to."""
+def resident_bytes(device: torch.device) -> int:
+    """Bytes of all storages on the device that any tensor of this process refers to."""
     storages = {}
     for item in gc.get_objects():
         if not issubclass(type(item), torch.Tensor):
@@ -227,22 +254,23 @@ def resident_bytes() -> int:
         for tensor in (item, item.grad if item.is_leaf else None):
             if isinstance(tensor, DTensor):  # whose own storage is of the global size, and has no memory
                 tensor = tensor.to_local()
-            if tensor is not None and tensor.device.type != "meta":
+            if tensor is not None and tensor.device == device:
                 storage = tensor.untyped_storage()
                 storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
 
 
-def memory(config: EngineConfig) -> tuple[float, float, float]:
-    """Bytes per parameter of the model that this rank holds between steps, before the optimizer's step, and
-    between two microbatches."""
-    grid = build_grid(config.parallel, torch.device("cpu"))
+def memory(config: EngineConfig, device: torch.device = CPU) -> tuple[float, float, float]:
+    """Bytes per parameter of the model that this rank holds on its device between steps, before the optimizer's step,
+    and between two microbatches."""
+    grid = build_grid(config.parallel, device)
     batch = share(global_batch(config, 0), grid, config.batch.micro_batch_size)
-    before = resident_bytes()
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    before = resident_bytes(device)
 
     def held() -> float:
         gc.collect()
-        return (resident_bytes() - before) / parameters(config.model)
+        return (resident_bytes(device) - before) / parameters(config.model)
 
     engine = Engine(config, grid)
     engine.train_step(batch, LR)

@@ -162,8 +162,9 @@ def by_rank(pool: Pool, ranks: int, configs: list[EngineConfig]) -> list[tuple[M
 
 @pytest.mark.parametrize("dp", [2, 4, 8])
 def test_every_rank_holds_what_the_formula_says(pool: Pool, dp: int) -> None:
-    """To the byte, also in bf16: what is stored, reduced and updated is float32 all the same."""
+    """To the byte, also in bf16, where what is stored, reduced and updated is float32 all the same, and on the host."""
     configs = [tiny(num_layers=2, zero_stage=0), *zero_1_to_3(), *zero_1_to_3(bf16=True)]
+    configs += zero_1_to_3(offload_optimizer="cpu")
     for config, ranks in zip(configs, by_rank(pool, dp, configs), strict=True):
         expected = of_rank(OURS, parameters(config.model), config.zero.zero_stage, dp)
         assert set(ranks) == {expected}

@@ -1,5 +1,7 @@
 """Wrong requests: one line that names the flag or the file and its value, exit code 2, nothing written."""
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -85,7 +87,14 @@ FLAGS: list[tuple[str, dict[str, Any], int]] = [
     ("--zero-shard-size 3 does not divide the data-parallel size 4", {"zero_shard_size": 3}, 4),
     ("--zero-shard-size 0 does not divide", {"zero_shard_size": 0}, 4),
     ("--zero-stage 4: must be one of 0, 1, 2, 3", {"zero_stage": 4}, 1),
+    ("--offload-optimizer nvme needs --zero-engine deepspeed", {"offload_optimizer": "nvme", "nvme_path": "."}, 1),
+    ("--offload-optimizer cpu needs --zero-stage 1, 2 or 3", {"offload_optimizer": "cpu", "zero_stage": 0}, 1),
+    ("--offload-param cpu needs --zero-engine deepspeed", {"offload_param": "cpu", "zero_stage": 3}, 1),
+    ("--accumulate-then-reduce needs --zero-stage 3", {"accumulate_then_reduce": True}, 1),
+    ("--grad-reduce-in-bf16 needs --bf16", {"grad_reduce_in_bf16": True}, 1),
     # what would be accepted and ignored
+    ("--nvme-path saved has no effect without --offload-optimizer nvme", {"nvme_path": "saved"}, 1),
+    ("--deepspeed-config c.bin has no effect without --zero-engine deepspeed", {"deepspeed_config": "c.bin"}, 1),
     ("--zero-shard-size 2 has no effect without --zero-stage 1", {"zero_shard_size": 2, "zero_stage": 0}, 4),
     ("--rope-scaling-factor 8.0 has no effect without --rope-scaling", {"rope_scaling_factor": 8}, 1),
     ("--loss-scale 128.0 has no effect without --fp16", {"loss_scale": 128}, 1),
@@ -166,7 +175,6 @@ FLAGS: list[tuple[str, dict[str, Any], int]] = [
     ("--bf16 and --fp16 exclude each other", {"bf16": True, "fp16": True}, 1),
     ("--bf16 keeps float32 master weights: drop --params-dtype float64", {"bf16": True, "params_dtype": "float64"}, 1),
     ("--params-dtype float16: must be one of float32, float64", {"params_dtype": "float16"}, 1),
-    ("--zero-engine deepspeed: this engine is not built yet", {"zero_engine": "deepspeed"}, 1),
     ("--transformer-impl transformer_engine: this backend is not built", {"transformer_impl": "transformer_engine"}, 1),
     ("--recompute-granularity some: must be one of selective, full", {"recompute_granularity": "some"}, 1),
     # the optimizer
@@ -215,6 +223,7 @@ FLAGS: list[tuple[str, dict[str, Any], int]] = [
     ("--frobnicate: unknown flag; see python -m pretrain --help", {"frobnicate": True}, 1),
     ("--use-distributed-optimizer: use --zero-stage 1", {"use_distributed_optimizer": True}, 1),
     ("--train-samples: use --train-iters", {"train_samples": 100}, 1),
+    ("--optimizer-cpu-offload: use --offload-optimizer cpu", {"optimizer_cpu_offload": True}, 1),
     ("--config none.yaml: cannot be read (FileNotFoundError", {"config": "none.yaml"}, 1),
     ("--config c.bin: cannot be read (UnicodeDecodeError", {"config": "c.bin"}, 1),
 ]
@@ -224,6 +233,62 @@ FLAGS: list[tuple[str, dict[str, Any], int]] = [
 def test_flags(capfd, here: Path, monkeypatch, message: str, flags: dict[str, Any], ranks: int) -> None:
     arguments = command(**{"data_path": "c", "save": "new/save"} | flags)
     refuse(capfd, here, arguments, message, monkeypatch, ranks)
+
+
+DEEPSPEED: list[tuple[str, dict[str, Any], int]] = [
+    ("--zero-stage 0: --zero-engine deepspeed shards", {"zero_stage": 0}, 1),
+    ("--zero-shard-size 2 has no effect without --zero-engine torch", {"zero_shard_size": 2}, 4),
+    ("--params-dtype float64: --zero-engine deepspeed is built for", {"params_dtype": "float64"}, 1),
+    ("--pipeline-schedule dualpipev: --zero-engine deepspeed", {PP: 2, "pipeline_schedule": "dualpipev"}, 2),
+    ("--train-only embeddings is not built with --zero-engine deepspeed", {"train_only": "embeddings"}, 1),
+    (
+        "a tied embedding on two stages could be added: use --pipeline-model-parallel-size 1",
+        {PP: 2, "no_untie_embeddings_and_output_weights": True},
+        2,
+    ),
+    (
+        "--nvme-path c.bin: is not a writable folder",
+        {"zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": "c.bin"},
+        1,
+    ),
+    ("--deepspeed-config none.json: cannot be read (", {"deepspeed_config": "none.json"}, 1),
+    (
+        "--deepspeed-config ds.json: zero_optimization.stage is 2, but --zero-stage 1 makes it 1: change one of them; "
+        "remove steps_per_print: use --log-interval",
+        {"deepspeed_config": "ds.json"},
+        1,
+    ),
+    (
+        "--deepspeed-config odd.json: zero_optimization.reduce_bucket_size: Input should be greater than 0",
+        {"deepspeed_config": "odd.json"},
+        1,
+    ),
+]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
+@pytest.mark.parametrize("message, flags, ranks", [pytest.param(*case, id=case[0]) for case in DEEPSPEED])
+def test_deepspeed(capfd, here: Path, monkeypatch, message: str, flags: dict[str, Any], ranks: int) -> None:
+    (here / "ds.json").write_text('{"zero_optimization": {"stage": 2}, "steps_per_print": 10}')
+    (here / "odd.json").write_text('{"zero_optimization": {"reduce_bucket_size": 0, "cpu_offload": false}}')
+    arguments = command(data_path="c", save="new", zero_engine="deepspeed", **flags)
+    refuse(capfd, here, arguments, message, monkeypatch, ranks)
+
+
+def test_deepspeed_is_not_there(capfd, here: Path, monkeypatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    arguments = command(data_path="c", save="new", zero_engine="deepspeed")
+    refuse(capfd, here, arguments, "DeepSpeed is not installed: pip install 'deepspeed==0.19.*'", monkeypatch)
+
+
+def test_a_flag_of_megatron_deepspeed(capfd, here: Path, monkeypatch) -> None:
+    arguments = [*command(data_path="c"), "--deepspeed", "--deepspeed_config", "ds.json"]
+    refuse(capfd, here, arguments, "--deepspeed: use --zero-engine deepspeed", monkeypatch)
+    arguments.remove("--deepspeed")
+    refuse(capfd, here, arguments, "--deepspeed_config: use --deepspeed-config", monkeypatch)
 
 
 CONFIGS = {
@@ -300,6 +365,17 @@ def test_real_process(here: Path) -> None:
     assert errors.startswith("error: world size 1 is not a multiple of TP x PP = 2 x 1 = 2")
     assert errors.count("\n") == 1
     assert tree(here) == before
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
+def test_deepspeed_says_nothing_beside_the_line(here: Path) -> None:
+    (here / "ds.json").write_text('{"zero_optimization": {"reduce_bucket_size": 0}}')
+    process = start(command(data_path="c", save="new", zero_engine="deepspeed", deepspeed_config="ds.json"))
+    output, errors = process.communicate()
+    assert process.returncode == 2
+    assert output == ""
+    assert errors.startswith("error: --deepspeed-config ds.json: zero_optimization.reduce_bucket_size: Input should be")
+    assert errors.count("\n") == 1
 
 
 def test_under_torchrun_one_rank_speaks(here: Path) -> None:

@@ -1,6 +1,8 @@
 """--report-memory: what ranks hold and how high memory went, in the metrics and as a table."""
 
 import dataclasses
+import itertools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ def table(printed: str) -> list[list[str]]:
     """Cells of the rows below the head of the only table."""
     lines = printed.splitlines()
     (head,) = (i for i, line in enumerate(lines) if line.startswith(" pipeline rank"))
-    return [re.split(r" {2,}", line.strip()) for line in lines[head + 1 : head + 3]]
+    rows = itertools.takewhile(lambda line: re.match(r" +\d+ {2,}", line), lines[head + 1 :])
+    return [re.split(r" {2,}", line.strip()) for line in rows]
 
 
 def bytes_of(cell: str) -> list[float]:
@@ -86,6 +89,35 @@ def test_rows_are_pipeline_ranks_with_all_their_stages(pool: Pool, corpus: str, 
     for cell in (cell for row in rows for cell in row[3:7]):
         measured, formula = bytes_of(cell)
         assert measured == pytest.approx(formula, rel=0.02, abs=8)
+
+
+OFFLOAD = {"offload_optimizer": "cpu"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"zero_stage": 1},
+        {"zero_stage": 1, "bf16": True},
+        {"zero_stage": 1, **OFFLOAD},
+        {"zero_stage": 2, "bf16": True},
+        {"zero_stage": 2, **OFFLOAD},
+        {"zero_stage": 3, "bf16": True},
+        {"zero_stage": 3, **OFFLOAD},
+    ],
+    ids=str,
+)
+def test_deepspeed(pool: Pool, corpus: str, tmp_path: Path, flags: dict[str, Any]) -> None:
+    """Where the ranks' shards meet between two parameters: of one that lies in both, both keep the whole gradient."""
+    pytest.importorskip("deepspeed")
+    settings = {"stage3_param_persistence_threshold": 0}  # else small parameters stay whole
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": settings}))
+    run = {"data_path": corpus, "train_iters": 3, "deepspeed_config": tmp_path / "ds.json", "report_memory": True}
+    printed, *_ = pool.run(train, 2, command(zero_engine="deepspeed", **run, **flags))
+    (row,) = table(printed)
+    for cell in row[3:7]:
+        measured, formula = bytes_of(cell)
+        assert measured == pytest.approx(formula, rel=0.02)
 
 
 def test_a_continued_run_shows_it_after_its_own_first_step(pool: Pool, corpus: str, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ def prepare(data_parallel: dist.ProcessGroup) -> None:
 
     logger.setLevel(logging.ERROR)
     if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # before DeepSpeed looks for itself, which would start compilers to see what each operator needs
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)  # wraps the groups there are
     same = functools.partial(assert_same_on_ranks, data_parallel)
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = same

@@ -1,8 +1,12 @@
 """What DeepSpeed's engine cannot do here, refused before anything starts."""
 
+import contextlib
 import importlib.metadata
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +17,8 @@ from megatron_ext.zero.deepspeed.settings import Settings
 _VERSION = "0.19"
 _SCHEDULES = ("none", "gpipe", "1f1b")
 _USE = "use --zero-engine torch"
+_LEAST_BUFFERS = 4  # of a tensor's swapping: the weight, its gradient, two moments
+_OTHER_DTYPES = {torch.float16: "--fp16", torch.float64: "--params-dtype float64"}
 
 
 def check_installed() -> None:
@@ -32,9 +38,10 @@ def check_installed() -> None:
 
 def check_run(*, tp: int, pp: int, schedule: str, tied: bool, train_only: str | None, compute: torch.dtype) -> None:
     """Raise RequestError where the rest of the run does not go with this engine."""
-    if compute not in (torch.float32, torch.bfloat16):
-        name = str(compute).removeprefix("torch.")
-        raise RequestError(f"--zero-engine deepspeed is built for float32 and --bf16, not for {name}: {_USE}")
+    if compute in _OTHER_DTYPES:
+        raise RequestError(
+            f"{_OTHER_DTYPES[compute]}: --zero-engine deepspeed is built for float32 and --bf16: use these, or {_USE}"
+        )
     if schedule not in _SCHEDULES:
         raise RequestError(
             f"--pipeline-schedule {schedule}: --zero-engine deepspeed holds one stage a rank and runs whole backward "
@@ -51,10 +58,9 @@ def check_run(*, tp: int, pp: int, schedule: str, tied: bool, train_only: str | 
 
 def check_zero(zero: ZeroConfig, settings: Settings, *, tp: int, pp: int, dp: int) -> None:
     """Raise RequestError where DeepSpeed's own ZeRO cannot do what is asked, or is known to do it wrongly."""
-    ours = settings["zero_optimization"]
     stage, half, on_cpu = zero.zero_stage, settings["bf16"]["enabled"], not torch.cuda.is_available()
     if stage == 0:
-        raise RequestError("--zero-engine deepspeed shards: use --zero-stage 1, 2 or 3, or --zero-engine torch")
+        raise RequestError(f"--zero-stage 0: --zero-engine deepspeed shards: use --zero-stage 1, 2 or 3, or {_USE}")
     if zero.accumulate_then_reduce:
         raise RequestError(f"--accumulate-then-reduce: DeepSpeed's stage 3 reduces every microbatch: {_USE}")
     if zero.offload_param is not None and stage != 3:
@@ -69,51 +75,73 @@ def check_zero(zero: ZeroConfig, settings: Settings, *, tp: int, pp: int, dp: in
             f"--offload-optimizer nvme with --zero-stage {stage}: DeepSpeed would silently keep the states in memory: "
             "use --zero-stage 3, or --offload-optimizer cpu"
         )
-    if "nvme" in (zero.offload_optimizer, zero.offload_param):
-        _check_nvme(zero.nvme_path)
-    _check_plus_plus(ours, stage, on_cpu, tp * pp, dp)
-    _check_spelling(ours, zero.deepspeed_config)
+    for flag in ("offload_optimizer", "offload_param"):
+        if getattr(zero, flag) == "nvme":
+            _check_nvme(f"--{flag.replace('_', '-')} nvme", zero.nvme_path)
+    _check_file(settings, zero.deepspeed_config, tp * pp, pp, dp)
 
 
-def _check_plus_plus(ours: Settings, stage: int, on_cpu: bool, model_parallel: int, dp: int) -> None:
-    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
-        if ours.get(key) and on_cpu:
-            raise RequestError(f"{key}: its kernels need a CUDA device")
-        if ours.get(key) and stage != 3:
-            raise RequestError(f"{key} needs --zero-stage 3")
-    size = ours.get("zero_hpz_partition_size", 1)
-    if size == 1:
-        return
-    if stage != 3:
-        raise RequestError("zero_hpz_partition_size needs --zero-stage 3")
-    if model_parallel > 1:
-        raise RequestError(
-            "zero_hpz_partition_size: DeepSpeed groups neighbouring ranks of the world, which with tensor or pipeline "
-            "parallelism do not hold the same parameters: use --zero-engine torch with --zero-shard-size"
-        )
-    if not isinstance(size, int) or size < 1 or dp % size:
-        raise RequestError(f"zero_hpz_partition_size {size} does not divide the data-parallel size {dp}")
-
-
-def _check_nvme(path: str | None) -> None:
+def _check_nvme(flag: str, path: str | None) -> None:
     if path is None:
-        raise RequestError("nvme needs --nvme-path: a folder on the disk to use")
+        raise RequestError(f"{flag} needs --nvme-path: a folder on the disk to use")
     if not Path(path).is_dir() or not os.access(path, os.W_OK):
         raise RequestError(f"--nvme-path {path}: is not a writable folder")
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+    with quiet():
+        from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+        compatible = AsyncIOBuilder().is_compatible(verbose=False)
+    if not compatible:
         raise RequestError("--nvme-path needs libaio and a C++ compiler: apt-get install libaio-dev g++")
 
 
-def _check_spelling(ours: Settings, file: str | None) -> None:
-    """DeepSpeed's own reading of the section, which refuses names and values it does not know."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
+def _check_file(settings: Settings, file: str | None, model_parallel: int, pp: int, dp: int) -> None:
+    """What DeepSpeed itself would refuse later, or do wrongly, of a user's settings."""
+    zero = _read_by_deepspeed(settings, file).zero_config
+    on_cpu, across = not torch.cuda.is_available(), model_parallel > 1
+    kernels = "its kernels need a CUDA device"
+    neighbours = (
+        "DeepSpeed groups neighbouring ranks of the world, which with tensor or pipeline parallelism do not hold the "
+        f"same parameters: remove it, or {_USE} with --zero-shard-size"
+    )
+    uneven = "pipeline stages may differ in their number of sub-groups, and would wait for each other: remove it"
+    size, bucket = zero.zero_hpz_partition_size, zero.allgather_bucket_size
+    buffers = _LEAST_BUFFERS if zero.offload_optimizer is None else zero.offload_optimizer.buffer_count
+    for key, value, wrong, reason in (
+        ("zero_quantized_weights", "true", on_cpu and zero.zero_quantized_weights, kernels),
+        ("zero_quantized_gradients", "true", on_cpu and zero.zero_quantized_gradients, kernels),
+        ("zero_quantized_gradients", "true", across and zero.zero_quantized_gradients, neighbours),
+        ("zero_hpz_partition_size", size, across and size != 1, neighbours),
+        ("zero_hpz_partition_size", size, size < 1 or dp % size, f"must divide the data-parallel size {dp}"),
+        ("sub_group_size", zero.sub_group_size, pp > 1 and "sub_group_size" in settings["zero_optimization"], uneven),
+        ("allgather_bucket_size", bucket, bucket % 2, "must be even"),
+        ("offload_optimizer.buffer_count", buffers, buffers < _LEAST_BUFFERS, f"must be at least {_LEAST_BUFFERS}"),
+    ):
+        if wrong:
+            raise RequestError(f"--deepspeed-config {file}: zero_optimization.{key} is {value}: {reason}")
 
+
+def _read_by_deepspeed(settings: Settings, file: str | None) -> Any:
+    """DeepSpeed's own reading, which refuses values that it does not understand."""
+    with quiet():
+        from deepspeed.runtime.config import DeepSpeedConfig
+        from pydantic import ValidationError
+
+        single = {key: value for key, value in settings.items() if key != "train_batch_size"}  # of any number of ranks
+        try:
+            return DeepSpeedConfig(single)
+        except ValidationError as error:
+            first = error.errors()[0]
+            section = "bf16" if error.title == "DeepSpeedBF16Config" else "zero_optimization"
+            where = ".".join(map(str, (section, *first["loc"])))
+            raise RequestError(f"--deepspeed-config {file}: {where}: {first['msg']}") from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without DeepSpeed's messages of every start on the standard output; its errors are let through."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        DeepSpeedZeroConfig(**ours)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, ("zero_optimization", *first["loc"])))
-        raise RequestError(f"--deepspeed-config {file}: {where}: {first['msg']}") from None
+        yield
+    finally:
+        logging.disable(before)

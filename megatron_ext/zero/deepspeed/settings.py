@@ -4,8 +4,10 @@ The flags are the truth. Where the file speaks of the same thing it must agree; 
 DeepSpeed knows, it is passed on; where it asks for what would not happen here, it is refused.
 """
 
+import difflib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,55 +15,20 @@ import torch
 
 from megatron_ext.errors import RequestError
 from megatron_ext.zero.config import ZeroConfig
+from megatron_ext.zero.deepspeed import known
+from megatron_ext.zero.deepspeed.known import KNOWN, Setting
 
-# settings that belong to DeepSpeed alone and work here as its documentation says
-_PASSED_ON = (
-    "zero_optimization",
-    "bf16",
-    "data_types",
-    "communication_data_type",
-    "aio",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "flops_profiler",
-    "comms_logger",
-    "log_level",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-)
-# what some files have, and the flag that does it here
-_ADVICE = {
-    "optimizer": "the optimizer is AdamW with --lr, --weight-decay, --adam-beta1, --adam-beta2 and --adam-eps",
-    "scheduler": "the learning rate follows --lr-decay-style, --lr-warmup-iters and --min-lr",
-    "fp16": "--fp16 is not built with --zero-engine deepspeed: use --bf16",
-    "activation_checkpointing": "use --recompute-granularity",
-    "tensor_parallel": "use --tensor-model-parallel-size",
-    "pipeline": "use --pipeline-model-parallel-size",
-    "checkpoint": "use --save and --load",
-    "tensorboard": "use --tensorboard-dir",
-    "wandb": "use --wandb-project",
-    "csv_monitor": "use --metrics",
-}
-_REFUSED_IN_ZERO = ("zenflow", "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory", "legacy_stage1")
+Settings = dict[str, Any]
 
-# used where the file is silent
-_DEFAULTS = {
+# said to DeepSpeed where the file is silent
+_DEFAULTS: Settings = {
     "zero_allow_untested_optimizer": True,  # torch's fused AdamW, which needs no compiler; also on the host
     "zero_force_ds_cpu_optimizer": False,
     "zero_optimization.memory_efficient_linear": False,  # would replace torch.nn.functional.linear in this process
     "data_types.grad_accum_dtype": "fp32",
     "bf16.check_grad_overflow": True,  # skip a step whose gradient is not finite, as the other engine does
 }
-
-Settings = dict[str, Any]
+_UNSAID = ("auto", None)  # Hugging Face's word for "as the flags say"
 
 
 def deepspeed_settings(
@@ -71,102 +38,198 @@ def deepspeed_settings(
 
     microbatches: of a rank, in one optimizer step.
     """
-    reduced = "bf16" if zero.grad_reduce_in_bf16 else "fp32"
-    ours: dict[str, tuple[Any, str]] = {
-        "train_micro_batch_size_per_gpu": (micro_batch_size, f"--micro-batch-size {micro_batch_size}"),
-        "train_batch_size": (global_batch_size, f"--global-batch-size {global_batch_size}"),
-        "gradient_accumulation_steps": (microbatches, f"--global-batch-size {global_batch_size} over all ranks"),
+    micro, whole = f"--micro-batch-size {micro_batch_size}", f"--global-batch-size {global_batch_size}"
+    dp = global_batch_size // (micro_batch_size * microbatches)
+    by_flags = {
+        "train_micro_batch_size_per_gpu": (micro_batch_size, micro),
+        "train_batch_size": (global_batch_size, whole),
+        "gradient_accumulation_steps": (microbatches, f"{whole} / ({micro} x data-parallel size {dp})"),
         "gradient_clipping": (clip_grad, f"--clip-grad {clip_grad}"),
-        "bf16.enabled": (bf16, "--bf16" if bf16 else "the absence of --bf16"),
-        "communication_data_type": (reduced, f"{_given('grad_reduce_in_bf16', zero)}"),
+        **_by_zero_flags(zero, bf16),
+    }
+    said = read_settings(zero.deepspeed_config) if zero.deepspeed_config is not None else {}
+    passed_on = _passed_on(said, by_flags, zero, bf16)
+    ours = {key: value for key, (value, _) in by_flags.items() if value not in (None, "none")}
+    return _nested(_DEFAULTS | _pinned(zero) | passed_on | ours)
+
+
+def _by_zero_flags(zero: ZeroConfig, bf16: bool) -> dict[str, tuple[Any, str]]:
+    """Setting -> what our flags make it, and the words that name them. None and "none" are not said to DeepSpeed."""
+    half = "--bf16" if bf16 else "the absence of --bf16"
+    reduced = "bf16" if zero.grad_reduce_in_bf16 else "fp32"
+    found: dict[str, tuple[Any, str]] = {
+        "bf16.enabled": (bf16, half),
+        "data_types.param_dtype": ("bf16" if bf16 else "fp32", half),
+        "communication_data_type": (reduced, _given(zero, "grad_reduce_in_bf16")),
         "zero_optimization.stage": (zero.zero_stage, f"--zero-stage {zero.zero_stage}"),
     }
     for what in ("offload_optimizer", "offload_param"):
         device = getattr(zero, what)
-        path = zero.nvme_path if device == "nvme" else None
-        ours[f"zero_optimization.{what}.device"] = (device, _given(what, zero))
-        ours[f"zero_optimization.{what}.nvme_path"] = (path, _given("nvme_path", zero))
-        if device is not None:  # page-locked memory is for copies to a GPU
-            ours[f"zero_optimization.{what}.pin_memory"] = (torch.cuda.is_available(), "the presence of a GPU or not")
-    theirs = read_settings(zero.deepspeed_config) if zero.deepspeed_config is not None else {}
-    return _reconcile(ours, theirs, str(zero.deepspeed_config))
+        path, flag = (zero.nvme_path, "nvme_path") if device == "nvme" else (None, what)
+        found[f"zero_optimization.{what}.device"] = (device or "none", _given(zero, what))
+        found[f"zero_optimization.{what}.nvme_path"] = (path, _given(zero, flag))
+    return found
 
 
-def _given(field: str, zero: ZeroConfig) -> str:
+def _given(zero: ZeroConfig, field: str) -> str:
     value, flag = getattr(zero, field), "--" + field.replace("_", "-")
     if value in (None, False):
         return f"the absence of {flag}"
     return flag if value is True else f"{flag} {value}"
 
 
-def read_settings(file: str) -> Settings:
-    """A user's DeepSpeed settings; values "auto" are left to the flags. Raises RequestError."""
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise RequestError(f"--deepspeed-config {file}: cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise RequestError(f"--deepspeed-config {file}: must be a JSON object")
-    return _without_auto(content)
-
-
-def _reconcile(ours: dict[str, tuple[Any, str]], theirs: Settings, file: str) -> Settings:
-    """One settings tree from both.
-
-    ours: dotted key -> the value our flags say, and the flag to name. theirs: from `read_settings`. Raises
-    RequestError for the first contradiction, naming both sides, and for what would be accepted and ignored.
-    """
-    for key in theirs:
-        if key not in _PASSED_ON:
-            advice = _ADVICE.get(key, "it would have no effect here")
-            raise RequestError(f"--deepspeed-config {file}: remove {key}: {advice}")
-    for key in _REFUSED_IN_ZERO:
-        if key in theirs.get("zero_optimization", {}):
-            raise RequestError(
-                f"--deepspeed-config {file}: remove zero_optimization.{key}: "
-                "use --offload-optimizer and --offload-param"
-            )
-    settings: Settings = json.loads(json.dumps(theirs))
-    for key, value in _leaves(theirs):
-        if key in ours and (None if value == "none" else value) != ours[key][0]:
-            said, flag = ours[key]
-            raise RequestError(
-                f"--deepspeed-config {file}: {key} is {json.dumps(value)}, but {flag} makes it {json.dumps(said)}: "
-                "change one of them"
-            )
-    said_by_file = dict(_leaves(theirs))
-    for key, default in _DEFAULTS.items():
-        if key not in said_by_file:
-            _set(settings, key.split("."), default)
-    for key, (value, _) in ours.items():
-        _set(settings, key.split("."), value)
-    return settings
-
-
-def _leaves(tree: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _set(tree: Settings, path: list[str], value: Any) -> None:
-    """None removes."""
-    *parents, last = path
-    for key in parents:
-        if value is None and key not in tree:
-            return
-        tree = tree.setdefault(key, {})
-    if value is None:
-        tree.pop(last, None)
-    else:
-        tree[last] = value
-
-
-def _without_auto(tree: Settings) -> Settings:
+def _conditions(zero: ZeroConfig, bf16: bool) -> dict[str, bool]:
+    """Which of what a setting may need there is."""
     return {
-        key: _without_auto(value) if isinstance(value, dict) else value
-        for key, value in tree.items()
-        if value != "auto"
+        known.BF16: bf16,
+        known.OFFLOAD_OPTIMIZER: zero.offload_optimizer is not None,
+        known.OPTIMIZER_ON_NVME: zero.offload_optimizer == "nvme",
+        known.OFFLOAD_PARAM: zero.offload_param is not None,
+        known.PARAM_ON_NVME: zero.offload_param == "nvme",
+        known.NVME: "nvme" in (zero.offload_optimizer, zero.offload_param),
+        known.GPU: torch.cuda.is_available(),
     }
+
+
+def _pinned(zero: ZeroConfig) -> Settings:
+    """Page-locked memory is for copies to a GPU."""
+    offloaded = [what for what in ("offload_optimizer", "offload_param") if getattr(zero, what) is not None]
+    return {f"zero_optimization.{what}.pin_memory": torch.cuda.is_available() for what in offloaded}
+
+
+def _passed_on(said: Settings, by_flags: dict[str, tuple[Any, str]], zero: ZeroConfig, bf16: bool) -> Settings:
+    """What only the file says, and has its effect here. Raises RequestError, naming all that is wrong in the file."""
+    there = _conditions(zero, bf16)
+    stage = str(zero.zero_stage)
+    if stage == "1" and bf16 and zero.offload_optimizer is None:
+        stage = known.BF16_STAGE_1
+    passed_on: Settings = {}
+    wrong: list[str | None] = []
+    for key, value in said.items():
+        if key in by_flags:
+            wrong.append(_contradiction(key, value, *by_flags[key]))
+            continue
+        setting = KNOWN.get(key)
+        if setting is None:
+            wrong.append(_unknown(key, [*KNOWN, *known.SECTIONS, *by_flags]))
+            continue
+        reason = _no_effect(setting, stage, there)
+        if reason is None:
+            wrong.append(_wrong_value(key, value, setting))
+            passed_on[key] = value
+        elif not _asks_nothing(value, setting):
+            wrong.append(f"remove {key}: {reason}")
+    found = [line for line in wrong if line is not None]
+    if found:
+        raise RequestError(f"--deepspeed-config {zero.deepspeed_config}: {'; '.join(found)}")
+    return passed_on
+
+
+def _contradiction(key: str, value: Any, said: Any, flag: str) -> str | None:
+    if key == "communication_data_type" and isinstance(value, str):
+        value = value.lower()
+    if _same(value, said):
+        return None
+    return f"{key} is {_shown(value)}, but {flag} makes it {_shown(said)}: change one of them"
+
+
+def _unknown(key: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
+    return f"remove {key}: no setting that has an effect here" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _no_effect(setting: Setting, stage: str, there: dict[str, bool]) -> str | None:
+    """Why it would be accepted and ignored; None where it has its effect."""
+    if setting.instead is not None:
+        return setting.instead
+    if stage not in setting.stages:
+        return f"it has no effect at --zero-stage {stage}"
+    return next((f"it has no effect without {needed}" for needed in setting.needs if not there[needed]), None)
+
+
+def _asks_nothing(value: Any, setting: Setting) -> bool:
+    if isinstance(value, dict):  # a section, which may say that it is switched off
+        return value.get("enabled", True) in (False, *_UNSAID)
+    return any(_same(value, idle) for idle in setting.idle)
+
+
+def _wrong_value(key: str, value: Any, setting: Setting) -> str | None:
+    """What is wrong with it, where DeepSpeed itself would not look."""
+    if setting.values is None:
+        return None
+    if isinstance(setting.values, tuple):
+        right, must = value in setting.values, f"one of {', '.join(setting.values)}"
+    elif setting.values is bool:
+        right, must = isinstance(value, bool), "true or false"
+    else:
+        right = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        must = "a whole number of at least 1"
+    return None if right else f"{key} is {_shown(value)}: must be {must}"
+
+
+def _same(value: Any, said: Any) -> bool:
+    """Equal, 1 and 1.0 too, but not 1 and true."""
+    return isinstance(value, bool) == isinstance(said, bool) and bool(said == value)
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON, if it is short."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def read_settings(file: str) -> Settings:
+    """A user's DeepSpeed settings by dotted name; what is left to the flags ("auto") is left out. RequestError."""
+    try:
+        content = json.loads(
+            Path(file).read_text(encoding="utf-8"),
+            object_pairs_hook=_without_duplicates,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+        if not isinstance(content, dict):
+            raise ValueError("it must be a JSON object")
+        return dict(_flat(content))
+    except RecursionError:
+        raise RequestError(f"--deepspeed-config {file}: nested too deeply") from None
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--deepspeed-config {file}: cannot be read ({error})") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> Settings:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def _flat(tree: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = prefix + (f'"{name}"' if "." in name else name)
+        if key in known.SECTIONS and value not in _UNSAID:
+            if not isinstance(value, dict):
+                raise ValueError(f"{key} must be an object, not {_shown(value)}")
+            yield from _flat(value, f"{key}.")
+        elif value not in _UNSAID:
+            yield key, value
+
+
+def _nested(flat: Settings) -> Settings:
+    tree: Settings = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return tree
