@@ -113,7 +113,6 @@ class EngineConfig:
         tp, pp = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
         refuse_unused(self.parallel, ("zero_shard_size",), "--zero-engine torch")
         check_run(
-            tp=tp,
             pp=pp,
             schedule=schedule,
             tied=self.model.tied,

@@ -54,6 +54,28 @@ def test_layout_equals_one_process(pool: Pool, reference: Reference, name: str) 
     assert_parity(runs, expected, name, "float32")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pp": 2, "dp": 2, "num_layers": 5, "pipeline_layers": (4, 1)},
+        {"pp": 2, "dp": 2, "num_layers": 5, "pipeline_layers": (4, 1), **CPU},
+        {"tp": 2, "dp": 2, "sp": True, "recompute_granularity": "full"},
+    ],
+    ids=str,
+)
+def test_stage_3_with_every_parameter_sharded(
+    pool: Pool, reference: Reference, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Else all parameters of so small a model stay whole; and in several sub-groups, not as many on each stage."""
+    file = tmp_path / "ds.json"
+    file.write_text(
+        json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 3000}})
+    )
+    case = deepspeed(zero=3, deepspeed_config=str(file), **options)
+    runs = pool.run(train, case.ranks, tiny(**case.options), False, (0, STEPS // 2))
+    assert_parity(runs, reference(tiny(**case.options)), str(options), "float32")
+
+
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_bf16_stays_close_to_float32(pool: Pool, reference: Reference, zero: int) -> None:
     """By as much as torch's engine may (test_parity.py): masters and accumulated gradients are float32."""
@@ -84,7 +106,9 @@ def overflow(config: EngineConfig) -> tuple[list[float], list[str], tuple[float,
     return figures.tolist(), changed, steps(engine, config, range(1))[0]
 
 
-@pytest.mark.parametrize("options", [{"zero": 1}, {"zero": 2, **CPU}, {"zero": 3}, {"zero": 3, "bf16": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"zero": 1}, {"zero": 2, "bf16": True, **CPU}, {"zero": 3}, {"zero": 3, "bf16": True}], ids=str
+)
 def test_a_gradient_that_is_not_finite_changes_nothing(pool: Pool, options: dict[str, Any]) -> None:
     config = tiny(**deepspeed(pp=2, dp=2, **options).options)
     for (_, norm, _, skipped), changed, (loss, next_norm) in pool.run(overflow, 4, config):

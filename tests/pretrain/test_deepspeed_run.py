@@ -26,38 +26,42 @@ AUTO = {
     "train_micro_batch_size_per_gpu": "auto",
     "wall_clock_breakdown": False,
 }
-COMMON = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 1e3}
-FILES: dict[int, dict[str, Any]] = {
-    2: AUTO
-    | {
-        "zero_optimization": COMMON
-        | {
-            "stage": 2,
-            "offload_optimizer": {"device": "cpu", "pin_memory": False},
-            "allgather_partitions": True,
-            "allgather_bucket_size": 2e8,
-            "reduce_scatter": True,
-        }
+# with everything that has an effect at the stage set to other than its default
+BUCKETS = {"contiguous_gradients": True, "reduce_bucket_size": 1e3}
+PARTITIONS = {"use_multi_rank_bucket_allreduce": False, "allgather_bucket_size": 5e2, "parameter_alignment": True}
+ZERO: dict[int, dict[str, Any]] = {
+    1: {"stage": 1, **BUCKETS, **PARTITIONS, "overlap_comm": True, "reduce_scatter": False},
+    2: {
+        "stage": 2,
+        **BUCKETS,
+        **PARTITIONS,
+        "offload_optimizer": {"device": "cpu", "pin_memory": False},
+        "allgather_partitions": True,
+        "overlap_comm": True,
     },
-    3: AUTO
-    | {
-        "zero_optimization": COMMON
-        | {
-            "stage": 3,
-            "offload_optimizer": {"device": "none"},
-            "offload_param": {"device": "none"},
-            "sub_group_size": 1e9,
-            "stage3_prefetch_bucket_size": "auto",
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 1e9,
-            "stage3_max_reuse_distance": 1e9,
-        }
+    3: {
+        "stage": 3,
+        **BUCKETS,
+        "offload_optimizer": {"device": "none"},
+        "offload_param": {"device": "none"},
+        "overlap_comm": False,
+        "reduce_scatter": False,
+        "sub_group_size": 1e3,
+        "memory_efficient_linear": True,
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": 0,
+        "stage3_model_persistence_threshold": 1e3,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_module_granularity_threshold": 100,
+        "stage3_use_all_reduce_for_fetch_params": True,
+        "stage3_allgather_sequential": True,
     },
 }
 
 
-def held(arguments: list[str]) -> tuple[int, int]:
-    """Trains, and says what DeepSpeed made of it: its reduction buckets, and how many parameters it does not shard."""
+def train_and_look(arguments: list[str]) -> tuple[int, int]:
+    """The size of DeepSpeed's reduction buckets, and how many parameters it does not shard, after a run."""
     train(arguments)
     engine = Engine(parse(arguments).engine(), build_grid(parse(arguments).parallel, torch.device("cpu")))
     (stage,) = engine.stages.values()
@@ -65,10 +69,10 @@ def held(arguments: list[str]) -> tuple[int, int]:
     return stage.engine.zero_reduce_bucket_size(), sum(whole)
 
 
-@pytest.mark.parametrize("stage", FILES)
+@pytest.mark.parametrize("stage", ZERO)
 def test_a_file_of_settings(pool: Pool, tmp_path: Path, stage: int) -> None:
     file = tmp_path / "ds.json"
-    file.write_text(json.dumps(FILES[stage]))
+    file.write_text(json.dumps(AUTO | {"zero_optimization": ZERO[stage]}))
     flags: dict[str, Any] = {
         "data_path": write_corpus(tmp_path / "c"),
         "train_iters": 5,
@@ -77,11 +81,11 @@ def test_a_file_of_settings(pool: Pool, tmp_path: Path, stage: int) -> None:
         "offload_optimizer": "cpu" if stage == 2 else None,
     }
     plain, with_file = tmp_path / "plain.jsonl", tmp_path / "file.jsonl"
-    (default_buckets, default_whole), _ = pool.run(held, 2, command(**flags, metrics=plain))
-    (buckets, whole), _ = pool.run(held, 2, command(**flags, metrics=with_file, deepspeed_config=file))
+    (default_buckets, default_whole), _ = pool.run(train_and_look, 2, command(**flags, metrics=plain))
+    (buckets, whole), _ = pool.run(train_and_look, 2, command(**flags, metrics=with_file, deepspeed_config=file))
     assert (default_buckets, buckets) == (500_000_000, 1000)
     assert default_whole > 0
-    assert whole == (default_whole if stage == 2 else 0)
+    assert whole == (0 if stage == 3 else default_whole)
     assert len(curve(plain)) == 5
     for step, expected in zip(curve(with_file), curve(plain), strict=True):
         assert step == pytest.approx(expected, rel=1e-5)

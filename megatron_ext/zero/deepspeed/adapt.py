@@ -3,9 +3,12 @@
 import functools
 import logging
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megatron_ext.zero.deepspeed.check import quiet
 
 
 def prepare(data_parallel: dist.ProcessGroup) -> None:
@@ -15,10 +18,10 @@ def prepare(data_parallel: dist.ProcessGroup) -> None:
     would build for more than a minute, are left out: gloo is there.
     """
     os.environ.setdefault("LOCAL_RANK", "0")  # one process alone was started without torchrun
-    import deepspeed
-    from deepspeed.runtime.zero import partitioned_param_coordinator
-    from deepspeed.utils import logger
-
+    with quiet():
+        import deepspeed
+        from deepspeed.runtime.zero import partitioned_param_coordinator
+        from deepspeed.utils import logger
     logger.setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         # before DeepSpeed looks for itself, which would start compilers to see what each operator needs
@@ -26,6 +29,29 @@ def prepare(data_parallel: dist.ProcessGroup) -> None:
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)  # wraps the groups there are
     same = functools.partial(assert_same_on_ranks, data_parallel)
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = same
+
+
+def sum_norm_once(optimizer: Any, device: torch.device) -> None:
+    """Let stage 3's optimizer sum the squared norm over pipeline and tensor parallelism once, not by sub-group.
+
+    Stages of a pipeline have as many sub-groups as they have parameters for, and would wait for each other for ever.
+    device: the one that messages leave from.
+    """
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    norms_of_sub_groups, all_reduce = optimizer._get_norm_groups, optimizer._model_parallel_all_reduce
+
+    def norm_of_all() -> list[torch.Tensor]:
+        optimizer._model_parallel_all_reduce = lambda tensor, op: None
+        try:
+            mine = combine_grad_norm_groups(norms_of_sub_groups())  # infinite where one is not a number
+        finally:
+            optimizer._model_parallel_all_reduce = all_reduce
+        square = mine.to(device).square()
+        all_reduce(tensor=square, op=dist.ReduceOp.SUM)
+        return [square.sqrt()]
+
+    optimizer._get_norm_groups = norm_of_all
 
 
 def assert_same_on_ranks(group: dist.ProcessGroup, numbers: list[int]) -> None:

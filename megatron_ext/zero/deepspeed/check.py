@@ -36,7 +36,7 @@ def check_installed() -> None:
         )
 
 
-def check_run(*, tp: int, pp: int, schedule: str, tied: bool, train_only: str | None, compute: torch.dtype) -> None:
+def check_run(*, pp: int, schedule: str, tied: bool, train_only: str | None, compute: torch.dtype) -> None:
     """Raise RequestError where the rest of the run does not go with this engine."""
     if compute in _OTHER_DTYPES:
         raise RequestError(
@@ -78,7 +78,7 @@ def check_zero(zero: ZeroConfig, settings: Settings, *, tp: int, pp: int, dp: in
     for flag in ("offload_optimizer", "offload_param"):
         if getattr(zero, flag) == "nvme":
             _check_nvme(f"--{flag.replace('_', '-')} nvme", zero.nvme_path)
-    _check_file(settings, zero.deepspeed_config, tp * pp, pp, dp)
+    _check_file(settings, zero.deepspeed_config, tp * pp, dp)
 
 
 def _check_nvme(flag: str, path: str | None) -> None:
@@ -94,7 +94,7 @@ def _check_nvme(flag: str, path: str | None) -> None:
         raise RequestError("--nvme-path needs libaio and a C++ compiler: apt-get install libaio-dev g++")
 
 
-def _check_file(settings: Settings, file: str | None, model_parallel: int, pp: int, dp: int) -> None:
+def _check_file(settings: Settings, file: str | None, model_parallel: int, dp: int) -> None:
     """What DeepSpeed itself would refuse later, or do wrongly, of a user's settings."""
     zero = _read_by_deepspeed(settings, file).zero_config
     on_cpu, across = not torch.cuda.is_available(), model_parallel > 1
@@ -103,7 +103,6 @@ def _check_file(settings: Settings, file: str | None, model_parallel: int, pp: i
         "DeepSpeed groups neighbouring ranks of the world, which with tensor or pipeline parallelism do not hold the "
         f"same parameters: remove it, or {_USE} with --zero-shard-size"
     )
-    uneven = "pipeline stages may differ in their number of sub-groups, and would wait for each other: remove it"
     size, bucket = zero.zero_hpz_partition_size, zero.allgather_bucket_size
     buffers = _LEAST_BUFFERS if zero.offload_optimizer is None else zero.offload_optimizer.buffer_count
     for key, value, wrong, reason in (
@@ -112,7 +111,6 @@ def _check_file(settings: Settings, file: str | None, model_parallel: int, pp: i
         ("zero_quantized_gradients", "true", across and zero.zero_quantized_gradients, neighbours),
         ("zero_hpz_partition_size", size, across and size != 1, neighbours),
         ("zero_hpz_partition_size", size, size < 1 or dp % size, f"must divide the data-parallel size {dp}"),
-        ("sub_group_size", zero.sub_group_size, pp > 1 and "sub_group_size" in settings["zero_optimization"], uneven),
         ("allgather_bucket_size", bucket, bucket % 2, "must be even"),
         ("offload_optimizer.buffer_count", buffers, buffers < _LEAST_BUFFERS, f"must be at least {_LEAST_BUFFERS}"),
     ):

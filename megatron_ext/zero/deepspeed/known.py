@@ -89,7 +89,7 @@ _TOP = {
     "compile": _never("the model is not compiled"),
     "data_efficiency": _never("the data is not read by DeepSpeed"),
     "curriculum_learning": _never("the data is not read by DeepSpeed"),
-    "elasticity": _never("DeepSpeed 0.19 has it no more: give --global-batch-size"),
+    "elasticity": _never("not in DeepSpeed 0.19: give --global-batch-size"),
 }
 
 _BF16 = {
@@ -144,7 +144,7 @@ _ZERO = {
     "pipeline_loading_checkpoint": _never("use --load", False),
     "override_module_apply": _never("nothing here applies a function to modules", True),
     "enable_sanity_checks": _never("it compares the ranks of different pipeline stages", False),
-    "legacy_stage1": _never("DeepSpeed 0.19 has it no more", False),
+    "legacy_stage1": _never("not in DeepSpeed 0.19", False),
     "save_muon_momentum_buffer_in_memory": _never(_ADAMW, False),
 }
 

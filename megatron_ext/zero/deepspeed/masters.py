@@ -86,11 +86,20 @@ def _of_stage_3(optimizer: Any, changed: bool) -> Iterator[Fragment]:
         elif swapped:
             optimizer._release_swap_buffers(i)
     if changed:
-        gather_persistent(optimizer)
+        _gather_persistent(optimizer)
         optimizer.invalidate_secondary_tensor()  # hpZ's second copies
 
 
-def gather_persistent(optimizer: Any) -> None:
+def recover(engine: Any) -> None:
+    """Do what DeepSpeed forgets where it skips a step: else the next ones fail, or are skipped too."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        _gather_persistent(optimizer)
+    elif hasattr(optimizer, "averaged_gradients"):  # with offload they keep what is not finite
+        optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
+
+
+def _gather_persistent(optimizer: Any) -> None:
     """Stage 3 keeps small parameters whole on every rank between steps: make them so again from their shards."""
     if optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

@@ -10,7 +10,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from megatron_ext.models import ModelConfig, initialize_parameter
 from megatron_ext.optim import MOMENTS, States
-from megatron_ext.zero.deepspeed.masters import WEIGHT, fragments, gather_persistent, gradients, weights
+from megatron_ext.zero.deepspeed.masters import WEIGHT, fragments, gradients, recover, weights
 from megatron_ext.zero.deepspeed.stage import DeepSpeedStage
 from megatron_ext.zero.states import ModelStates, held
 
@@ -48,8 +48,8 @@ class DeepSpeedOptimizer:
             group["lr"] = lr
         self._engine.step()
         skipped = bool(self._engine.optimizer.overflow)
-        if skipped and self._engine.zero_optimization_stage() == 3:
-            gather_persistent(self._engine.optimizer)  # which DeepSpeed itself forgets where it skips a step
+        if skipped:
+            recover(self._engine)
         norm = float("inf") if skipped else float(self._engine.get_global_grad_norm())
         return sums, sums.new_tensor(norm), sums.new_tensor(skipped, dtype=torch.float32)
 

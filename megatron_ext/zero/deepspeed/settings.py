@@ -25,6 +25,7 @@ _DEFAULTS: Settings = {
     "zero_allow_untested_optimizer": True,  # torch's fused AdamW, which needs no compiler; also on the host
     "zero_force_ds_cpu_optimizer": False,
     "zero_optimization.memory_efficient_linear": False,  # would replace torch.nn.functional.linear in this process
+    "zero_optimization.reduce_bucket_size": 50_000_000,  # of DeepSpeed's 5e8 a rank allocates 2 GB
     "data_types.grad_accum_dtype": "fp32",
     "bf16.check_grad_overflow": True,  # skip a step whose gradient is not finite, as the other engine does
 }

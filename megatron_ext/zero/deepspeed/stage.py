@@ -12,7 +12,7 @@ from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models import Decoder
 from megatron_ext.optim import OptimizerConfig, decays
 from megatron_ext.tensor_parallel import localize_parameters
-from megatron_ext.zero.deepspeed.adapt import prepare
+from megatron_ext.zero.deepspeed.adapt import prepare, sum_norm_once
 from megatron_ext.zero.deepspeed.mpu import ModelParallelUnit
 
 
@@ -41,6 +41,8 @@ class DeepSpeedStage:
             self.engine, *_ = deepspeed.initialize(
                 model=decoder, optimizer=self._adamw(optimizer), config=settings, mpu=unit
             )
+        if settings["zero_optimization"]["stage"] == 3:
+            sum_norm_once(self.engine.optimizer, grid.device)
         self.module: nn.Module = self.engine
 
     def _materialise(self, settings: dict[str, Any], unit: ModelParallelUnit) -> None:
