@@ -3,7 +3,8 @@
     stages (pp) -> adapters, freezing -> tensor parallelism -> ZeRO -> storage -> initial weights
         -> pipeline schedule -> optimizer
 
-A step runs every microbatch, makes one collective of three scalars, and updates. It never waits for the device.
+A step runs every microbatch, makes one collective of three scalars, and updates. It never waits for the device,
+unless the update is on the host (--offload-optimizer) or DeepSpeed's.
 """
 
 import dataclasses
@@ -188,7 +189,7 @@ class Engine:
             return DeepSpeedStage(decoder, grid, config.deepspeed_settings(grid.dp_size), config.optimizer)
         stage = DataParallel(decoder, grid, config.zero)
         decoder.to_empty(device=stage.device)
-        initialize_weights(decoder, config.model, config.seed)
+        initialize_weights(decoder, config.model, config.seed, grid.device)
         return stage
 
     def _build_optimizer(self) -> Any:

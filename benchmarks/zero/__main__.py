@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq-length", type=int, default=2048 if cuda else 128)
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--microbatches", type=int, default=4, help="of a rank, in a step")
-    parser.add_argument("--rounds", type=int, default=20, help="measured steps of each")
+    parser.add_argument("--rounds", type=int, default=15, help="measured steps of each")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--plot", metavar="FILE.png", help="draw them; or .svg, .pdf")
     return parser

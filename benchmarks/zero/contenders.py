@@ -87,7 +87,7 @@ def ddp(task: Task) -> Contender:
     params = dict(decoder.named_parameters())
     for name, where in placed.items():
         assert isinstance(where, DTensor)
-        initialize_parameter(name, where, params[name].detach(), config.model, config.seed)
+        initialize_parameter(name, where, params[name].detach(), config.model, config.seed, task.grid.device)
     model = DistributedDataParallel(decoder, gradient_as_bucket_view=True)
     decayed = [param for name, param in params.items() if decays(name, param)]
     others = [param for name, param in params.items() if not decays(name, param)]

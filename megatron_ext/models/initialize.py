@@ -36,8 +36,17 @@ def _standard_deviation(name: str, shape: torch.Size, config: ModelConfig) -> fl
     return config.init_method_std
 
 
-def normal_slice(shape: torch.Size, offset: tuple[int, ...], local: torch.Tensor, std: float, name: str, seed: int):
-    """Fill `local`, the part at `offset` of a matrix of global `shape`."""
+def normal_slice(
+    shape: torch.Size,
+    offset: tuple[int, ...],
+    local: torch.Tensor,
+    std: float,
+    name: str,
+    seed: int,
+    device: torch.device | None = None,
+) -> None:
+    """Fill `local`, the part at `offset` of a matrix of global `shape`. device: where to draw (default: `local`'s)."""
+    device = device or local.device
     if local.numel() == 0:
         return
     rows, columns = shape
@@ -45,8 +54,8 @@ def normal_slice(shape: torch.Size, offset: tuple[int, ...], local: torch.Tensor
     for block in range(first // _ROWS_PER_BLOCK, -(-last // _ROWS_PER_BLOCK)):
         start = block * _ROWS_PER_BLOCK
         stop = min(start + _ROWS_PER_BLOCK, rows)
-        generator = torch.Generator(local.device).manual_seed(_block_seed(seed, name, block))
-        values = torch.empty(stop - start, columns, device=local.device)
+        generator = torch.Generator(device).manual_seed(_block_seed(seed, name, block))
+        values = torch.empty(stop - start, columns, device=device)
         values.normal_(0.0, std, generator=generator)
         low, high = max(first, start), min(last, stop)
         wanted = values[low - start : high - start, offset[1] : offset[1] + local.shape[1]]
@@ -54,14 +63,16 @@ def normal_slice(shape: torch.Size, offset: tuple[int, ...], local: torch.Tensor
 
 
 @torch.no_grad()
-def initialize_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Give every parameter of a stage (DTensors with storage) its initial values."""
+def initialize_weights(model: nn.Module, config: ModelConfig, seed: int, device: torch.device) -> None:
+    """Give every parameter of a stage (DTensors with storage) its initial values, drawn on `device`."""
     for name, param in model.named_parameters():
         assert isinstance(param, DTensor)
-        initialize_parameter(name, param, param.to_local(), config, seed)
+        initialize_parameter(name, param, param.to_local(), config, seed, device)
 
 
-def initialize_parameter(name: str, placed: DTensor, local: torch.Tensor, config: ModelConfig, seed: int) -> None:
+def initialize_parameter(
+    name: str, placed: DTensor, local: torch.Tensor, config: ModelConfig, seed: int, device: torch.device
+) -> None:
     """Fill `local`, this rank's part: norms 1, biases 0, matrices normal, adapters no effect.
 
     placed: says which part of the whole parameter that is. Tied output weights draw the embedding's.
@@ -74,4 +85,5 @@ def initialize_parameter(name: str, placed: DTensor, local: torch.Tensor, config
         _, offset = compute_local_shape_and_global_offset(placed.shape, placed.device_mesh, placed.placements)
         if config.tied and name == HEAD:
             name = EMBEDDING
-        normal_slice(placed.shape, offset, local, _standard_deviation(name, placed.shape, config), name, seed)
+        std = _standard_deviation(name, placed.shape, config)
+        normal_slice(placed.shape, offset, local, std, name, seed, device)

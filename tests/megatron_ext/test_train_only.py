@@ -253,13 +253,13 @@ def bytes_held(config: Any) -> dict[str, int]:
     grid = build_grid(config.parallel, torch.device("cpu"))
     engine = Engine(config, grid)
     held = {}
-    step = engine.optimizer.step
+    update = engine.optimizer.update
 
-    def look(*arguments: Any) -> torch.Tensor:
+    def look(*arguments: Any) -> Any:
         held["gradients"] = sum(p.grad.to_local().nbytes for p in engine.parameters.values() if p.grad is not None)
-        return step(*arguments)
+        return update(*arguments)
 
-    engine.optimizer.step = look  # type: ignore[method-assign]
+    engine.optimizer.update = look  # type: ignore[method-assign]
     engine.train_step(share(global_batch(config, 0), grid, config.batch.micro_batch_size), LR)
     adam = engine.optimizer._adam
     states = adam.state.values() if adam is not None else ()

@@ -33,7 +33,7 @@ class DeepSpeedOptimizer:
                 return None
             placed = stage.stored[name]
             local = torch.empty(placed.to_local().shape, device=stage.grid.device)
-            initialize_parameter(name, placed, local, model, seed)
+            initialize_parameter(name, placed, local, model, seed, stage.grid.device)
             return local
 
         self._write(initial)
