@@ -186,7 +186,8 @@ class Engine:
         if config.zero.zero_engine == "deepspeed":
             from megatron_ext.zero.deepspeed import DeepSpeedStage
 
-            return DeepSpeedStage(decoder, grid, config.deepspeed_settings(grid.dp_size), config.optimizer)
+            settings = config.deepspeed_settings(grid.dp_size)
+            return DeepSpeedStage(decoder, grid, settings, config.optimizer, config.zero.nvme_path)
         stage = DataParallel(decoder, grid, config.zero)
         decoder.to_empty(device=stage.device)
         initialize_weights(decoder, config.model, config.seed, grid.device)

@@ -2,7 +2,7 @@
 
 from megatron_ext.optim.config import OptimizerConfig, PrecisionConfig
 from megatron_ext.optim.loss_scale import LossScaler
-from megatron_ext.optim.optimizer import MOMENTS, Optimizer, decays
+from megatron_ext.optim.optimizer import MOMENTS, Optimizer, decays, placed_as
 from megatron_ext.optim.rate import learning_rate
 from megatron_ext.optim.states import States
 from megatron_ext.optim.trainable import TrainableConfig
@@ -17,4 +17,5 @@ __all__ = [
     "TrainableConfig",
     "decays",
     "learning_rate",
+    "placed_as",
 ]

@@ -171,7 +171,7 @@ class Optimizer:
         assert isinstance(param, DTensor)
         skipped = self._skipped[name]
         return {
-            moment: _placed_as(
+            moment: placed_as(
                 param, torch.cat([value.new_zeros(skipped, *value.shape[1:]), value]) if skipped else value
             )
             for moment, value in self._moments[name].items()
@@ -204,7 +204,7 @@ def _rows_before(param: torch.Tensor, row: int) -> int:
     return min(max(row - offset[0], 0), shape[0])
 
 
-def _placed_as(param: DTensor, local: torch.Tensor) -> DTensor:
+def placed_as(param: DTensor, local: torch.Tensor) -> DTensor:
     """`local` as a DTensor. (DTensor.from_local would copy what is offloaded to the device.)"""
     return DTensor(local, param._spec, requires_grad=False)  # type: ignore[call-arg]
 

@@ -66,14 +66,15 @@ def localize_parameters(module: nn.Module, device: torch.device, dtype: torch.dt
             if not isinstance(param, DTensor):
                 continue
             if param not in done:
-                plain = nn.Parameter(torch.empty(param.to_local().shape, dtype=dtype, device=device))
+                local = torch.empty(param.to_local().shape, dtype=dtype, device=device)
+                plain = nn.Parameter(local, requires_grad=param.requires_grad)
                 plain.tp_group = param.device_mesh.get_group()  # type: ignore[attr-defined]  # see `local`
                 done[param] = plain
             owner._parameters[name] = done[param]
 
 
 class _SumOfShares(torch.autograd.Function):
-    """The identity; its gradient is summed over a group."""
+    """The identity; its gradient is summed over a group, in float32 at least, as FSDP does it."""
 
     @staticmethod
     def forward(ctx: Any, param: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -82,9 +83,9 @@ class _SumOfShares(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+        dist.all_reduce(total, group=ctx.group)
+        return total.to(grad.dtype), None
 
 
 def local(param: torch.Tensor, dtype: torch.dtype, partial_grad: bool = False) -> torch.Tensor:

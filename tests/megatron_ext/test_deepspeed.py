@@ -14,11 +14,13 @@ from torch.distributed.tensor import DTensor
 from megatron_ext.checkpoint import CheckpointWriter, Manifest, find_checkpoint, load_checkpoint
 from megatron_ext.checkpoint.load import layout_of
 from megatron_ext.engine import Engine, EngineConfig
+from megatron_ext.errors import RequestError
 from megatron_ext.mesh import build_grid
+from megatron_ext.zero.deepspeed.adapt import use_disk
 from megatron_ext.zero.states import ModelStates
 from tests.distributed import Pool
 from tests.megatron_ext.layouts import Layout, Reference, assert_parity, layout
-from tests.megatron_ext.training import LR, STEPS, global_batch, share, tiny, train, worst
+from tests.megatron_ext.training import LR, STEPS, global_batch, one_process, share, tiny, train, worst
 
 pytest.importorskip("deepspeed")
 
@@ -32,6 +34,7 @@ def deepspeed(*degrees: int, **options: Any) -> Layout:
 LAYOUTS: dict[str, Layout] = {
     **{f"TP2 PP2 DP2 SP ZeRO-{zero}": deepspeed(2, 2, 2, zero=zero, sp=True) for zero in (1, 2, 3)},
     "DP4 ZeRO-3": deepspeed(dp=4, zero=3),
+    "DP8 ZeRO-3, norms that seven ranks fill": deepspeed(dp=8, zero=3, hidden_size=20, num_attention_heads=2),
     "TP4 SP, 2 KV heads": deepspeed(tp=4, sp=True, num_query_groups=2, zero=2),
     "DP2 ZeRO-1, tied": deepspeed(dp=2, zero=1, untie_embeddings_and_output_weights=False),
     "DP2 ZeRO-3, tied": deepspeed(dp=2, zero=3, untie_embeddings_and_output_weights=False),
@@ -86,12 +89,39 @@ def test_bf16_stays_close_to_float32(pool: Pool, reference: Reference, zero: int
     assert worst(runs[0].norms, expected.norms) <= 1e-2
 
 
+def second_copies(config: EngineConfig) -> bool:
+    """Whether this rank has a second copy of some weights after a forward pass, cut over two ranks."""
+    engine = Engine(config, build_grid(config.parallel, torch.device("cpu")))
+    engine.eval_step(share(global_batch(config, 0), engine.grid, config.batch.micro_batch_size))
+    copies = [(p.ds_secondary_tensor, p.ds_numel) for p in engine.parameters.values()]  # type: ignore[attr-defined]
+    return any(copy is not None and copy.numel() == numel // 2 for copy, numel in copies)
+
+
 def test_secondary_partition_of_zero_plus_plus(pool: Pool, reference: Reference, tmp_path: Path) -> None:
     """hpZ (arXiv 2306.10209): weights for backward are gathered within groups of two."""
     file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"zero_optimization": {"zero_hpz_partition_size": 2}}))
+    zero = {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}
+    file.write_text(json.dumps({"zero_optimization": zero}))
     config = tiny(**deepspeed(dp=4, zero=3, deepspeed_config=str(file)).options)
+    assert all(pool.run(second_copies, 4, config))
     assert_parity(pool.run(train, 4, config, False, (0, STEPS // 2)), reference(config), "hpZ", "float32")
+    ((_, went_on),) = pool.run(write, 1, one_process(config), tmp_path)
+    for _, goes_on in pool.run(read, 4, config, tmp_path):  # loaded over the copies of other weights
+        assert torch.tensor(goes_on) == pytest.approx(torch.tensor(went_on), rel=2e-5)
+
+
+def disk_twice(folder: str) -> str:
+    lock = use_disk(folder)
+    with pytest.raises(RequestError) as error:
+        use_disk(folder)
+    lock.release()
+    use_disk(folder)
+    return str(error.value)
+
+
+def test_two_runs_cannot_share_a_disk(pool: Pool, tmp_path: Path) -> None:
+    (line,) = pool.run(disk_twice, 1, str(tmp_path))
+    assert line == f"--nvme-path {tmp_path} is in use by another run: give every run a folder"
 
 
 def overflow(config: EngineConfig) -> tuple[list[float], list[str], tuple[float, float]]:

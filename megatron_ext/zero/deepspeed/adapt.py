@@ -1,13 +1,20 @@
 """What has to be told to DeepSpeed, beside its settings, before it runs as one part of a larger program."""
 
+import contextlib
 import functools
+import io
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
+from megatron_ext.errors import RequestError
 from megatron_ext.zero.deepspeed.check import quiet
 
 
@@ -29,6 +36,33 @@ def prepare(data_parallel: dist.ProcessGroup) -> None:
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)  # wraps the groups there are
     same = functools.partial(assert_same_on_ranks, data_parallel)
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = same
+
+
+def use_disk(folder: str) -> FileLock:
+    """Lock this rank's files under --nvme-path, whose names are the same in every run, until the lock is forgotten.
+
+    Raises RequestError where another run holds it: each would overwrite the other's optimizer.
+    """
+    lock = FileLock(Path(folder) / f"rank{dist.get_rank()}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RequestError(f"--nvme-path {folder} is in use by another run: give every run a folder") from None
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("DeepSpeed's I/O for --nvme-path is compiled at its first use, for about a minute", file=sys.stderr)
+    return lock
+
+
+@contextlib.contextmanager
+def quiet_unless_it_fails() -> Iterator[None]:
+    """Without what DeepSpeed prints about memory and compiling; if it raises, that comes first."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    except Exception:
+        print(said.getvalue(), file=sys.stderr)
+        raise
 
 
 def sum_norm_once(optimizer: Any, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from megatron_ext.zero.deepspeed.settings import Settings
 _VERSION = "0.19"
 _SCHEDULES = ("none", "gpipe", "1f1b")
 _USE = "use --zero-engine torch"
-_LEAST_BUFFERS = 4  # of a tensor's swapping: the weight, its gradient, two moments
+_BUFFERS = 4  # of a sub-group's swapping: the weights, their gradients, two moments
 _OTHER_DTYPES = {torch.float16: "--fp16", torch.float64: "--params-dtype float64"}
 
 
@@ -104,7 +104,10 @@ def _check_file(settings: Settings, file: str | None, model_parallel: int, dp: i
         f"same parameters: remove it, or {_USE} with --zero-shard-size"
     )
     size, bucket = zero.zero_hpz_partition_size, zero.allgather_bucket_size
-    buffers = _LEAST_BUFFERS if zero.offload_optimizer is None else zero.offload_optimizer.buffer_count
+    offload = zero.offload_optimizer
+    buffers, least = _BUFFERS, _BUFFERS
+    if offload is not None:  # what is read ahead or still being written has buffers of its own
+        buffers, least = offload.buffer_count, _BUFFERS * (1 + offload.pipeline_read + offload.pipeline_write)
     for key, value, wrong, reason in (
         ("zero_quantized_weights", "true", on_cpu and zero.zero_quantized_weights, kernels),
         ("zero_quantized_gradients", "true", on_cpu and zero.zero_quantized_gradients, kernels),
@@ -112,7 +115,7 @@ def _check_file(settings: Settings, file: str | None, model_parallel: int, dp: i
         ("zero_hpz_partition_size", size, across and size != 1, neighbours),
         ("zero_hpz_partition_size", size, size < 1 or dp % size, f"must divide the data-parallel size {dp}"),
         ("allgather_bucket_size", bucket, bucket % 2, "must be even"),
-        ("offload_optimizer.buffer_count", buffers, buffers < _LEAST_BUFFERS, f"must be at least {_LEAST_BUFFERS}"),
+        ("offload_optimizer.buffer_count", buffers, buffers < least, f"must be at least {least}"),
     ):
         if wrong:
             raise RequestError(f"--deepspeed-config {file}: zero_optimization.{key} is {value}: {reason}")

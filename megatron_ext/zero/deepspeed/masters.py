@@ -71,17 +71,16 @@ def _of_stage_3(optimizer: Any, changed: bool) -> Iterator[Fragment]:
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_in(i)
         flat = optimizer.fp32_partitioned_groups_flat[i]
-        is_new = "step" not in adam.state[flat]
         tensors = {WEIGHT: flat.detach(), **_moments(adam, flat)}
         for param in of_group:
             _, offset, size = optimizer.grad_position[optimizer.get_param_id(param)]
-            start = size * optimizer._get_param_partition_rank(param)
-            n = min(max(param.ds_numel - start, 0), size)
+            start = min(size * optimizer._get_param_partition_rank(param), param.ds_numel)  # the last may have nothing
+            n = min(param.ds_numel - start, size)
             views = {name: tensor.narrow(0, offset, n) for name, tensor in tensors.items()}
             yield Fragment(param, start, views, whole=None)
         if changed:
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
-        if swapped and (changed or is_new):
+        if swapped and changed:
             optimizer._optimizer_states_and_gradient_swap_out(i)
         elif swapped:
             optimizer._release_swap_buffers(i)

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megatron_ext.models import ModelConfig, initialize_parameter
-from megatron_ext.optim import MOMENTS, States
+from megatron_ext.optim import MOMENTS, States, placed_as
 from megatron_ext.zero.deepspeed.masters import WEIGHT, fragments, gradients, recover, weights
 from megatron_ext.zero.deepspeed.stage import DeepSpeedStage
 from megatron_ext.zero.states import ModelStates, held
@@ -76,7 +76,10 @@ class DeepSpeedOptimizer:
 
     @torch.no_grad()
     def states(self, empty: bool = False) -> States:
-        """Copies of all weights and moments, cut over (dp, tp); `empty`: only room for them. Collective."""
+        """Copies of all weights and moments on the host, cut over (dp, tp). `empty`: only room for them.
+
+        On the host because of what is offloaded: it would not fit on the device. Collective.
+        """
         if empty:
             found = {(name, state): self._part(name, None) for name in self._stage.stored for state in _ALL}
         else:
@@ -96,8 +99,9 @@ class DeepSpeedOptimizer:
             assert isinstance(part, DTensor)
             shape = self._stage.stored[name].to_local().shape
             stride = self._stage.stored[name].to_local().stride()
+            local = part.to_local().to(self._stage.grid.device)
             over_dp = DTensor.from_local(
-                part.to_local(), self._dp, part.placements[:1], run_check=False, shape=shape, stride=stride
+                local, self._dp, part.placements[:1], run_check=False, shape=shape, stride=stride
             )
             return over_dp.full_tensor()
 
@@ -134,17 +138,19 @@ class DeepSpeedOptimizer:
         over_dp = _over_dp(over_tp, placed.ndim)
         shape, offset = compute_local_shape_and_global_offset(placed.to_local().shape, self._dp, [over_dp])
         if whole is None:
-            local = torch.empty(shape, device=self._stage.grid.device)
+            local = torch.empty(shape)
         else:
-            local = whole[tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))].clone()
-        return DTensor.from_local(
-            local,
+            part = tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
+            local = torch.empty(shape).copy_(whole[part])
+        described = DTensor.from_local(
+            torch.empty(shape, device="meta"),
             self._stage.grid.mesh["dp_shard", "tp"],
             [over_dp, over_tp],
             run_check=False,
             shape=placed.shape,
             stride=placed.stride(),
         )
+        return placed_as(described, local)
 
 
 _ALL = (WEIGHT, *MOMENTS)

@@ -1,7 +1,5 @@
 """A pipeline stage under DeepSpeed's ZeRO: our layers and our schedule outside, its sharding inside."""
 
-import contextlib
-import io
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models import Decoder
 from megatron_ext.optim import OptimizerConfig, decays
 from megatron_ext.tensor_parallel import localize_parameters
-from megatron_ext.zero.deepspeed.adapt import prepare, sum_norm_once
+from megatron_ext.zero.deepspeed.adapt import prepare, quiet_unless_it_fails, sum_norm_once, use_disk
 from megatron_ext.zero.deepspeed.mpu import ModelParallelUnit
 
 
@@ -26,10 +24,18 @@ class DeepSpeedStage:
 
     summed_over = 1  # DeepSpeed averages over the data-parallel ranks: the loss need not be divided by them
 
-    def __init__(self, decoder: Decoder, grid: ProcessGrid, settings: dict[str, Any], optimizer: OptimizerConfig):
+    def __init__(
+        self,
+        decoder: Decoder,
+        grid: ProcessGrid,
+        settings: dict[str, Any],
+        optimizer: OptimizerConfig,
+        nvme_path: str | None = None,
+    ):
         import deepspeed
 
         self.decoder, self.grid = decoder, grid
+        self._disk = None if nvme_path is None else use_disk(nvme_path)  # as long as this stage lives
         unit = ModelParallelUnit(grid)
         prepare(unit.get_data_parallel_group())
         self.stored = {name: _placed(param) for name, param in decoder.named_parameters()}
@@ -37,7 +43,7 @@ class DeepSpeedStage:
         for name, param in decoder.named_parameters():
             # the norm counts what is not cut over tp once, on the first rank of the tp group
             param.model_parallel = not self.stored[name].placements[0].is_replicate()  # type: ignore[attr-defined]
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what memory there is
+        with quiet_unless_it_fails():
             self.engine, *_ = deepspeed.initialize(
                 model=decoder, optimizer=self._adamw(optimizer), config=settings, mpu=unit
             )
