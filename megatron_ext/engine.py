@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_ext.errors import RequestError
+from megatron_ext.footprint import ModelStates
 from megatron_ext.kernels import KernelConfig, load_kernels
 from megatron_ext.mesh import ParallelConfig, ProcessGrid
 from megatron_ext.models import Decoder, ModelConfig, initialize_weights, parameter_shapes
@@ -23,7 +24,6 @@ from megatron_ext.option import option, refuse_unused
 from megatron_ext.pipeline import SCHEDULES, Pipeline, PipelineConfig, TiedEmbedding, plan_stages
 from megatron_ext.tensor_parallel import LoraConfig, TensorParallel, add_adapters, distribute_parameters
 from megatron_ext.zero import DataParallel, ZeroConfig
-from megatron_ext.zero.states import ModelStates
 
 Batch = dict[str, torch.Tensor]
 

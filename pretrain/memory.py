@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.engine import Engine
+from megatron_ext.footprint import ModelStates, deepspeed, one_copy
 from megatron_ext.kernels import load_kernels
 from megatron_ext.models import Decoder
 from megatron_ext.tensor_parallel import TensorParallel, add_adapters
 from megatron_ext.tensor_parallel.storage import parameter_shard_dim
-from megatron_ext.zero.states import ModelStates, deepspeed, one_copy
 from tokenizer.tables import text_table
 
 _PEAKS = {"peak": "peak", "peak_reserved": "peak reserved", "host_peak": "peak on the host"}

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megatron_ext.engine import Batch, BatchConfig, Engine, EngineConfig
 from megatron_ext.errors import RequestError
+from megatron_ext.footprint import ModelStates, held
 from megatron_ext.mesh import ParallelConfig, ProcessGrid, build_grid
 from megatron_ext.models import ModelConfig, initialize_parameter, preset
 from megatron_ext.models.count import parameters
@@ -26,7 +27,6 @@ from megatron_ext.tensor_parallel import distribute_parameters, localize_paramet
 from megatron_ext.zero import ZeroConfig
 from megatron_ext.zero.deepspeed.check import check_installed
 from megatron_ext.zero.deepspeed.known import BF16_STAGE_1, KNOWN
-from megatron_ext.zero.states import ModelStates, held
 
 DDP = "DDP"
 _CPU_SHAPE = ModelConfig(

@@ -9,10 +9,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from megatron_ext.footprint import ModelStates, held
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.optim.config import OptimizerConfig
 from megatron_ext.optim.states import States
-from megatron_ext.zero.states import ModelStates, held
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

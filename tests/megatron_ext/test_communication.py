@@ -112,7 +112,7 @@ def zero_volume(stage: int, psi: int, m: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("dp", [2, 4])
+@pytest.mark.parametrize("dp", [2, 4, 8])
 def test_zero_volume(pool: Pool, dp: int, stage: int) -> None:
     config = tiny(zero_stage=stage)
     m = config.batch.microbatches(dp)

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from megatron_ext.footprint import ModelStates, held
 from megatron_ext.models import ModelConfig, initialize_parameter
 from megatron_ext.optim import MOMENTS, States, placed_as
 from megatron_ext.zero.deepspeed.masters import WEIGHT, fragments, gradients, recover, weights
 from megatron_ext.zero.deepspeed.stage import DeepSpeedStage
-from megatron_ext.zero.states import ModelStates, held
 
 
 class DeepSpeedOptimizer:

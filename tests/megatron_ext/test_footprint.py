@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.engine import Engine, EngineConfig
+from megatron_ext.footprint import PAPER, Footprint, ModelStates, held, one_copy
 from megatron_ext.mesh import build_grid
 from megatron_ext.models.count import matmul_parameters_per_layer, parameters, parameters_per_layer
-from megatron_ext.zero.states import PAPER, Footprint, ModelStates, held, one_copy
 from tests.distributed import Pool
 from tests.megatron_ext.training import LR, global_batch, share, tiny
 
