@@ -7,12 +7,14 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FakeProcessGroup
 
+from megatron_ext.models import initialize
+
 
 def pretend_device(world_size: int) -> tuple[torch.device, list[int]]:
     """Make this process rank 0 of a world whose device is torch's meta device, for good.
 
     Tensors there have no values: torch refuses to mix them with the host's in one operation, and to look at one.
-    Streams and collectives do nothing. Only copies to the host are made to work, as zeros; the second result is the
+    Streams and collectives do nothing, and initial weights, which it cannot draw, are zeros. Only copies to the host are made to work, as zeros; the second result is the
     list of their sizes.
     """
     dist.destroy_process_group()
@@ -32,6 +34,7 @@ def pretend_device(world_size: int) -> tuple[torch.device, list[int]]:
         return torch.zeros(self.shape, dtype=next((a for a in args if isinstance(a, torch.dtype)), self.dtype))
 
     torch.Tensor.to = noted  # type: ignore[assignment,method-assign]
+    initialize.normal_slice = lambda shape, offset, local, *_: local.zero_()
     return torch.device("meta"), copied
 
 
