@@ -14,8 +14,8 @@ def pretend_device(world_size: int) -> tuple[torch.device, list[int]]:
     """Make this process rank 0 of a world whose device is torch's meta device, for good.
 
     Tensors there have no values: torch refuses to mix them with the host's in one operation, and to look at one.
-    Streams and collectives do nothing, and initial weights, which it cannot draw, are zeros. Only copies to the host are made to work, as zeros; the second result is the
-    list of their sizes.
+    Streams and collectives do nothing, and initial weights, which it cannot draw, are zeros. Only copies to the host
+    are made to work, as zeros too; the second result is the list of their sizes.
     """
     dist.destroy_process_group()
     dist.Backend.register_backend("pretended", _no_messages, extended_api=True, devices=["cpu", "meta"])
