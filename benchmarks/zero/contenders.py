@@ -20,7 +20,7 @@ from megatron_ext.errors import RequestError
 from megatron_ext.footprint import ModelStates, held
 from megatron_ext.mesh import ParallelConfig, ProcessGrid, build_grid
 from megatron_ext.models import ModelConfig, initialize_parameter, preset
-from megatron_ext.models.count import parameters
+from megatron_ext.models.count import parameters_per_layer
 from megatron_ext.models.decoder import whole_model
 from megatron_ext.optim import PrecisionConfig, decays
 from megatron_ext.tensor_parallel import distribute_parameters, localize_parameters
@@ -33,16 +33,6 @@ _CPU_SHAPE = ModelConfig(
     num_layers=4, hidden_size=384, ffn_hidden_size=1024, num_attention_heads=6, vocab_size=4000
 )  # 10 M parameters
 _LR = 1e-4
-# DeepSpeed's sizes in elements, by default meant for billions of parameters, and for how many they are taken here
-_DEEPSPEED_SIZES = {
-    "reduce_bucket_size": 5e8,
-    "allgather_bucket_size": 5e8,
-    "stage3_prefetch_bucket_size": 5e7,
-    "stage3_param_persistence_threshold": 1e5,
-    "stage3_max_live_parameters": 1e9,
-    "stage3_max_reuse_distance": 1e9,
-}
-_DEEPSPEED_PARAMETERS = 7e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,14 +121,18 @@ def ours(task: Task, **zero: Any) -> Contender:
 
 
 def deepspeed(task: Task, zero_stage: int, **zero: Any) -> Contender:
-    """With its sizes in the proportion to this model that they have to one of 7 billion parameters."""
-    share = min(1.0, parameters(task.config.model) / _DEEPSPEED_PARAMETERS)
-    where = BF16_STAGE_1 if zero_stage == 1 and task.config.precision.bf16 else str(zero_stage)
-    sizes = {
-        name: 2 * round(size * share / 2)  # DeepSpeed wants them even
-        for name, size in _DEEPSPEED_SIZES.items()
-        if where in KNOWN[f"zero_optimization.{name}"].stages
+    """Its buffers, by default for billions of parameters, hold what native messages do: a layer, and the next ahead."""
+    layer = parameters_per_layer(task.config.model)
+    all_sizes = {
+        "reduce_bucket_size": layer,
+        "allgather_bucket_size": layer,
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": 2 * layer,
+        "stage3_max_reuse_distance": 2 * layer,
+        "stage3_param_persistence_threshold": task.config.model.hidden_size,
     }
+    where = BF16_STAGE_1 if zero_stage == 1 and task.config.precision.bf16 else str(zero_stage)
+    sizes = {key: size for key, size in all_sizes.items() if where in KNOWN[f"zero_optimization.{key}"].stages}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "deepspeed.json"
         file.write_text(json.dumps({"zero_optimization": sizes}), encoding="utf-8")
