@@ -3,30 +3,14 @@
 from typing import Any
 
 import torch
-from torch.distributed.pipelining.schedules import (
-    Schedule1F1B,
-    ScheduleDualPipeV,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleZBVZeroBubble,
-)
 
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models import Decoder
+from megatron_ext.pipeline.actions import SCHEDULE_CLASSES
 from megatron_ext.pipeline.forward_only import forward_only
 from megatron_ext.pipeline.layout import StageLayout
 from megatron_ext.pipeline.stage import Stage
 from megatron_ext.zero import DataParallel
-
-_SCHEDULE_CLASSES: dict[str, Any] = {
-    "gpipe": ScheduleGPipe,
-    "1f1b": Schedule1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
-    "zero-bubble": ScheduleInterleavedZeroBubble,
-    "zbv": ScheduleZBVZeroBubble,
-    "dualpipev": ScheduleDualPipeV,
-}
 
 Batch = dict[str, torch.Tensor]
 
@@ -58,7 +42,7 @@ class Pipeline:
 
     def _build(self) -> Any:
         stages = [self._stage(i, data_parallel) for i, data_parallel in self.stages.items()]
-        schedule = _SCHEDULE_CLASSES[self.layout.schedule]
+        schedule = SCHEDULE_CLASSES[self.layout.schedule]
         single = len(stages) == 1 and self.layout.schedule in ("gpipe", "1f1b")
         return schedule(
             stages[0] if single else stages,

@@ -1,0 +1,92 @@
+"""The order in which every rank runs forward and backward passes, without running any.
+
+Schedules with several stages on a rank list their order in torch, and run that list: it is taken from them. GPipe and
+1F1B are loops there (what 1F1B's `_get_pipeline_order` lists beside its loop is off by one on the last rank), so
+their order is written out here.
+"""
+
+import functools
+import types
+from typing import Any, NamedTuple
+
+from torch.distributed.pipelining.schedules import (
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+
+from megatron_ext.pipeline.layout import StageLayout
+
+SCHEDULE_CLASSES: dict[str, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero-bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+
+
+class Action(NamedTuple):
+    """One pass of one microbatch through one stage. kind: "F" forward, "B" a whole backward pass, "I" its input half,
+    "W" its weight half. stage: global index."""
+
+    kind: str
+    stage: int
+    microbatch: int
+
+
+ActionLists = tuple[tuple[Action, ...], ...]
+
+
+def action_lists(layout: StageLayout, n_microbatches: int) -> ActionLists:
+    """By pp rank, the actions of one optimizer step in the order in which `Pipeline` runs them.
+
+    `n_microbatches` is one that `plan_stages` accepts for the layout.
+    """
+    return _action_lists(layout.schedule, max(layout.rank_of) + 1, len(layout.stages), n_microbatches)
+
+
+@functools.lru_cache(maxsize=16)  # the longest take some ten megabytes
+def _action_lists(schedule: str, pp: int, num_stages: int, n_microbatches: int) -> ActionLists:
+    if schedule in ("none", "gpipe", "1f1b"):
+        ahead = {"none": [0], "gpipe": [n_microbatches] * pp, "1f1b": list(reversed(range(pp)))}[schedule]
+        return tuple(_one_stage(rank, n_microbatches, ahead[rank]) for rank in range(pp))
+    order = _torchs_order(schedule, pp, num_stages, n_microbatches)
+    return tuple(
+        tuple(
+            Action(part.computation_type.value, part.stage_index, part.microbatch_index)
+            for entry in order[rank]
+            if entry is not None  # torch pads where it expects a wait
+            for part in entry.sub_actions or (entry,)  # of DualPipeV; run one after the other
+        )
+        for rank in range(pp)
+    )
+
+
+def _one_stage(stage: int, n_microbatches: int, ahead: int) -> tuple[Action, ...]:
+    """Forward and backward by turns, once forward is `ahead` microbatches ahead."""
+    actions = []
+    for i in range(n_microbatches + ahead):
+        if i < n_microbatches:
+            actions.append(Action("F", stage, i))
+        if i >= ahead:
+            actions.append(Action("B", stage, i - ahead))
+    return tuple(actions)
+
+
+def _torchs_order(schedule: str, pp: int, num_stages: int, n_microbatches: int) -> dict[int, list[Any]]:
+    """The `pipeline_order` of torch's schedule, built on stages that hold nothing and belong to no process group."""
+
+    # left out: torch's padding, sends and receives, which take most of the time and change no rank's order
+    left_out = {
+        "_add_bubbles_to_actions": lambda self, _: self.pipeline_order,
+        "_prepare_schedule_with_comms": lambda *_: None,
+    }
+    order_only = type("OrderOnly", (SCHEDULE_CLASSES[schedule],), left_out)
+    stage = types.SimpleNamespace(num_stages=num_stages, group_size=pp, group_rank=0, submod=None)
+    order: dict[int, list[Any]] = order_only([stage] * (num_stages // pp), n_microbatches).pipeline_order
+    return order

@@ -1,0 +1,1 @@
+"""Predicts memory and step time of a layout without running it."""

@@ -1,0 +1,34 @@
+"""What a running pipeline does on this rank, and when."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from megatron_ext.pipeline.actions import Action
+from megatron_ext.pipeline.stage import Stage
+from megatron_ext.planner.timeline import Span
+
+
+@contextlib.contextmanager
+def recorded_actions() -> Iterator[list[Span]]:
+    """Gathers every pass that a stage of this rank runs, in order; on the clock that a machine's processes share."""
+    spans: list[Span] = []
+
+    def noted(name: str) -> Any:
+        method = getattr(Stage, name)
+
+        def run(stage: Stage, microbatch: int, *args: Any, **kwargs: Any) -> Any:
+            kind = {"forward_one_chunk": "F", "backward_weight_one_chunk": "W"}.get(name)
+            kind = kind or ("B" if kwargs.get("full_backward", True) else "I")
+            start = time.monotonic()
+            result = method(stage, microbatch, *args, **kwargs)
+            spans.append(Span(Action(kind, stage.stage_index, microbatch), start, time.monotonic()))
+            return result
+
+        return run
+
+    names = ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk")
+    with mock.patch.multiple(Stage, **{name: noted(name) for name in names}):
+        yield spans

@@ -1,0 +1,1 @@
+"""What `python -m tools.plan` prints and draws."""
