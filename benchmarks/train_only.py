@@ -27,7 +27,6 @@ from megatron_ext.mesh import ParallelConfig, build_grid
 from megatron_ext.models import ModelConfig, preset, preset_names
 from megatron_ext.optim import PrecisionConfig, TrainableConfig
 from megatron_ext.zero import ZeroConfig
-from pretrain.throughput import run_flops
 
 _NEW_SHARE = 0.36  # of the rows: 17,953 of 49,953, as in Chinese-LLaMA
 _CPU_SHAPE = ModelConfig(
@@ -77,7 +76,7 @@ def ours(model: ModelConfig, batch: BatchConfig, trainable: TrainableConfig, dev
         weights=[_local(p) for p in engine.parameters.values()],
         trained=list(engine.optimizer.params.values()),
         moments=lambda: (_local(m) for name in engine.optimizer.params for m in _held(engine, name)),
-        flops_per_token=run_flops(config, causal=False),
+        flops_per_token=config.flops_per_token(causal=False),
     )
     update = engine.optimizer.update
 

@@ -19,7 +19,10 @@ from megatron_ext.footprint import ModelStates
 from megatron_ext.kernels import KernelConfig, load_kernels
 from megatron_ext.mesh import ParallelConfig, ProcessGrid
 from megatron_ext.models import Decoder, ModelConfig, initialize_weights, parameter_shapes
+from megatron_ext.models.count import flops_per_token
+from megatron_ext.models.names import is_adapter
 from megatron_ext.optim import LossScaler, Optimizer, OptimizerConfig, PrecisionConfig, States, TrainableConfig
+from megatron_ext.optim.trainable import select, trained_in_products
 from megatron_ext.option import option, refuse_unused
 from megatron_ext.pipeline import SCHEDULES, Pipeline, PipelineConfig, TiedEmbedding, plan_stages
 from megatron_ext.tensor_parallel import LoraConfig, TensorParallel, add_adapters, distribute_parameters
@@ -92,7 +95,7 @@ class EngineConfig:
         pp = self.parallel.pipeline_model_parallel_size
         layout = plan_stages(self.pipeline, self.model, pp, batch.microbatches(dp))
         if tp > 1 and layout.schedule in SCHEDULES and SCHEDULES[layout.schedule].splits_backward:
-            _require_split_backward(layout.schedule)
+            require_split_backward(layout.schedule)
         resolved = dataclasses.replace(self, batch=batch)
         if self.zero.zero_engine == "deepspeed":
             resolved._validate_deepspeed(dp, layout.schedule)
@@ -136,13 +139,20 @@ class EngineConfig:
             bf16=self.precision.bf16,
         )
 
+    def flops_per_token(self, causal: bool) -> float:
+        """Model FLOPs of what is trained, adapters included; see `models.count.flops_per_token`."""
+        shapes = parameter_shapes(self.model, self.adapters)
+        trained = trained_in_products(select(self.trainable, shapes), self.model.tied)
+        adapters = sum(shape.numel() for name, shape in shapes.items() if is_adapter(name))
+        return flops_per_token(self.model, self.batch.seq_length, causal, trained, adapters)
+
     @property
     def adapters(self) -> LoraConfig | None:
         """The adapters that the model has, if any."""
         return self.lora if self.trainable.train_only == "lora" else None
 
 
-def _require_split_backward(schedule: str) -> None:
+def require_split_backward(schedule: str) -> None:
     """torch 2.11 cannot split a backward pass at a Python autograd function, which tensor parallelism is made of."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13):
         raise RequestError(

@@ -81,4 +81,4 @@ def deepspeed(compute: torch.dtype, stage: int, offload: bool) -> Footprint:
 def held(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind the local parts of `tensors`; one that several are views of counts once."""
     storages = [(t.to_local() if isinstance(t, DTensor) else t).untyped_storage() for t in tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())  # not by address: meta has none

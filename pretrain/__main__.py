@@ -1,4 +1,4 @@
-"""`python -m pretrain`: parse, refuse or run.
+"""`python -m pretrain`: parse, refuse, then run or rehearse.
 
 Exit codes: 0 done (also after --exit-interval or a signal, with what there was to save saved); 2 the request is
 wrong, in one line; anything else is a failure with its traceback.
@@ -21,6 +21,11 @@ def main(arguments: list[str]) -> int:
 
         config = parse(arguments)
         validate(config)
+        if config.dry.dry_run:
+            from pretrain.dry_run import dry_run
+
+            dry_run(config)
+            return 0
 
         import torch.distributed as dist
 

@@ -7,7 +7,7 @@ from megatron_ext.checkpoint import find_checkpoint, has_checkpoints
 from megatron_ext.engine import BatchConfig, EngineConfig, RecomputeConfig
 from megatron_ext.errors import RequestError
 from megatron_ext.kernels import KernelConfig
-from megatron_ext.mesh import ParallelConfig
+from megatron_ext.mesh import ParallelConfig, world_size_from_environment
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.expand import METHODS
 from megatron_ext.optim import OptimizerConfig, PrecisionConfig, TrainableConfig
@@ -131,6 +131,25 @@ class LoggingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DryRunConfig:
+    dry_run: bool = option(False, "check everything, show what every rank would hold, and end; needs no GPU")
+    world_size: int | None = option(
+        None, "with --dry-run: how many ranks there would be (default: as many as there are)"
+    )
+
+    def validate(self) -> None:
+        if not self.dry_run:
+            refuse_unused(self, ("world_size",), "--dry-run: torchrun says how many ranks there are")
+        if self.world_size is not None and self.world_size < 1:
+            raise RequestError(f"--world-size {self.world_size}: must be at least 1")
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the run, real or not."""
+        return world_size_from_environment() if self.world_size is None else self.world_size
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything a run was asked for, resolved: presets and files applied, nothing left to guess."""
 
@@ -149,6 +168,7 @@ class RunConfig:
     training: TrainingConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    dry: DryRunConfig
 
     def engine(self) -> EngineConfig:
         shared = {field.name for field in dataclasses.fields(EngineConfig)} - {"seed"}

@@ -160,12 +160,16 @@ def _help_line(flag: Flag) -> str:
 
 def parse(arguments: Sequence[str]) -> RunConfig:
     """The run that a command line asks for. Raises RequestError: one line that says what is wrong."""
+    file, given = read_settings(arguments)
+    return resolve(file | given)
+
+
+def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings by field name, of --config's file and of the command line, not yet resolved. Raises RequestError."""
     _refuse_unknown(arguments)
     given = vars(build_parser().parse_args(arguments))
     file = given.pop("config", None)
-    settings = read_yaml(file) if file is not None else {}
-    settings.update(given)
-    return resolve(settings)
+    return ({} if file is None else read_yaml(file)), given
 
 
 def _refuse_unknown(arguments: Sequence[str]) -> None:

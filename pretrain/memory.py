@@ -1,4 +1,4 @@
-"""What model states take on every pipeline rank, measured beside the formula, and how high memory went."""
+"""What model states take on every pipeline rank, measured beside what was predicted, and how high memory went."""
 
 import dataclasses
 import resource
@@ -8,11 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.engine import Engine
-from megatron_ext.footprint import ModelStates, deepspeed, one_copy
-from megatron_ext.kernels import load_kernels
-from megatron_ext.models import Decoder
-from megatron_ext.tensor_parallel import TensorParallel, add_adapters
-from megatron_ext.tensor_parallel.storage import parameter_shard_dim
+from megatron_ext.footprint import ModelStates
+from megatron_ext.planner.states import fullest_states, pp_rank_elements
 from tokenizer.tables import text_table
 
 _PEAKS = {"peak": "peak", "peak_reserved": "peak reserved", "host_peak": "peak on the host"}
@@ -50,19 +47,14 @@ def memory_figures(engine: Engine) -> dict[str, int]:
 
 
 def memory_table(engine: Engine, figures: dict[str, Any]) -> list[str]:
-    """Lines that show `memory_figures`, a row for every pipeline rank, and in brackets what the formula says."""
-    zero, precision = engine.config.zero, engine.config.precision
-    if zero.zero_engine == "torch":
-        footprint = one_copy(precision.stored)
-    else:
-        footprint = deepspeed(precision.compute, zero.zero_stage, zero.offload_optimizer is not None)
-    ranks = engine.grid.size("dp_shard")
+    """Lines that show `memory_figures`, a row for every pipeline rank, and in brackets what the planner predicts."""
+    config, world_size = engine.config, engine.grid.world_size
     states = [field.name for field in dataclasses.fields(ModelStates)]
     peaks = {name: title for name, title in _PEAKS.items() if f"memory_stage0_{name}_bytes" in figures}
     rows = []
     for rank in range(engine.grid.size("pp")):
-        elements = _elements(engine, rank)
-        expected = footprint.of_rank(elements, zero.zero_stage, ranks)
+        elements = pp_rank_elements(config, world_size, rank)
+        expected = fullest_states(config, world_size, rank)
         measured = ModelStates(*(figures[f"memory_stage{rank}_{name}_bytes"] for name in states))
         rows.append(
             [
@@ -76,37 +68,12 @@ def memory_table(engine: Engine, figures: dict[str, Any]) -> list[str]:
                 *(_size(figures[f"memory_stage{rank}_{name}_bytes"]) for name in peaks),
             ]
         )
-    of_each = " + ".join(map(str, dataclasses.astuple(footprint.bytes)))
     peak = "allocated by torch" if engine.grid.device.type == "cuda" else "resident set of the process"
     return [
-        f"memory of the fullest rank of each pipeline rank; in brackets by the formula of ZeRO-{zero.zero_stage} with "
-        f"N = {ranks}, {of_each} bytes a parameter; peak: {peak}",
+        f"memory of the fullest rank of each pipeline rank; in brackets as predicted for {config.zero.describe} over "
+        f"{engine.grid.size('dp_shard')} ranks; peak: {peak}",
         *text_table(["pipeline rank", "stages", "parameters", *states, "total", *peaks.values()], rows).splitlines(),
     ]
-
-
-def _elements(engine: Engine, pp_rank: int) -> ModelStates:
-    """What ZeRO shards at a place of pipeline and tensor parallelism: elements stored, with gradients, and updated.
-
-    Counted in the model's shape, not in what is held. Where tensor parallelism cuts unevenly: the mean.
-    """
-    config, stored, trained, updated = engine.config, 0.0, 0.0, 0.0
-    for index in engine.layout.on_rank(pp_rank):
-        with torch.device("meta"):
-            stage, kernels = engine.layout.stages[index], load_kernels(config.kernels)
-            decoder = Decoder(config.model, stage, TensorParallel(), kernels, config.precision.compute)
-            if config.adapters is not None:
-                add_adapters(decoder, config.adapters)
-        config.trainable.freeze(decoder, config.model.tied)
-        for name, param in decoder.named_parameters():
-            owner, _, own_name = name.rpartition(".")
-            cut = parameter_shard_dim(decoder.get_submodule(owner), own_name) is not None
-            part = param.numel() / (engine.grid.size("tp") if cut else 1)
-            stored += part
-            if param.requires_grad:
-                trained += part
-                updated += part * (1 - config.trainable.first_row(name) / param.shape[0])
-    return ModelStates(stored, trained, updated)
 
 
 def _size(value: float) -> str:

@@ -4,43 +4,14 @@ import torch
 
 from megatron_ext.engine import EngineConfig
 from megatron_ext.mesh import ProcessGrid
-from megatron_ext.models import parameter_shapes
-from megatron_ext.models.count import flops_per_token
-from megatron_ext.models.names import is_adapter
-from megatron_ext.optim.trainable import select, trained_in_products
+from megatron_ext.planner.gpus import gpu_reported_as
 from pretrain.memory import peak_memory
-
-# dense bf16 peak in TFLOP/s by a part of the device's name; sources: the vendors' datasheets
-_PEAK_TFLOPS = {
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "H800": 989.0,
-    "H20": 148.0,
-    "B200": 2250.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L40S": 362.0,
-    "V100": 125.0,
-    "4090": 165.2,
-    "3090": 71.0,
-}
 
 
 def peak_tflops(device: torch.device) -> float | None:
     """Dense bf16 peak of a known GPU, None for anything else."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
-
-
-def run_flops(config: EngineConfig, causal: bool) -> float:
-    """Model FLOPs per token of what is trained, adapters included; see `flops_per_token`."""
-    shapes = parameter_shapes(config.model, config.adapters)
-    trained = trained_in_products(select(config.trainable, shapes), config.model.tied)
-    adapters = sum(shape.numel() for name, shape in shapes.items() if is_adapter(name))
-    return flops_per_token(config.model, config.batch.seq_length, causal, trained, adapters)
+    gpu = gpu_reported_as(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if gpu is None else gpu.peak_tflops
 
 
 class Throughput:
@@ -48,7 +19,7 @@ class Throughput:
 
     def __init__(self, config: EngineConfig, grid: ProcessGrid, peak: float | None):
         batch = config.batch
-        self._flops = {name: run_flops(config, causal) for name, causal in (("full", False), ("causal", True))}
+        self._flops = {name: config.flops_per_token(causal) for name, causal in (("full", False), ("causal", True))}
         assert batch.global_batch_size is not None
         self._tokens, self._grid = batch.global_batch_size * batch.seq_length, grid
         self._peak = peak if peak is not None else peak_tflops(grid.device)

@@ -12,11 +12,10 @@ from megatron_ext.checkpoint.directory import write_text
 from megatron_ext.checkpoint.load import layout_of
 from megatron_ext.engine import Engine
 from megatron_ext.mesh import ProcessGrid, build_grid
-from megatron_ext.models import parameter_shapes
 from megatron_ext.optim import learning_rate
-from megatron_ext.optim.trainable import describe, select
 from pretrain.config import RunConfig
 from pretrain.data import build_data
+from pretrain.describe import describe
 from pretrain.flags import to_yaml
 from pretrain.logs import Console, Log, open_logs, trim_metrics
 from pretrain.memory import memory_figures, memory_table
@@ -96,16 +95,8 @@ class Trainer:
     def _describe(self) -> None:
         if self.console is None:
             return
-        model, layout = self.config.model, self.engine.layout
-        selections = select(self.config.trainable, parameter_shapes(model, self.engine.config.adapters))
-        total = sum(s.trained + s.frozen for s in selections)
-        self.console.say(
-            f" {total:,} parameters, vocabulary {model.vocab_size} | {self.grid.describe} | "
-            f"{self.config.zero.describe} | {self.engine.pipeline.n_microbatches} microbatches of "
-            f"{self.config.batch.micro_batch_size} x {self.config.batch.seq_length} tokens per rank | "
-            f"compute in {str(self.config.precision.compute).removeprefix('torch.')} on {self.grid.device.type}"
-        )
-        for line in describe(selections):
+        layout = self.engine.layout
+        for line in describe(self.engine.config, self.grid):
             self.console.say(f" {line}")
         if len(layout.stages) > 1:
             cut = " | ".join(

@@ -7,26 +7,29 @@ import torch
 from megatron_ext.checkpoint import check_compatible, check_trained, read_manifest
 from megatron_ext.checkpoint.save import check_writable
 from megatron_ext.errors import RequestError
-from megatron_ext.mesh import world_size_from_environment
 from megatron_ext.option import refuse_unused
 from pretrain.config import RunConfig
 from pretrain.data import check_data
 from pretrain.resize import plan_expansion
 
+NEEDS_CUDA = ("cudnn", "efficient")
+
 
 def validate(config: RunConfig) -> None:
     """Raise RequestError for the first thing that cannot be done as asked. Writes nothing, talks to nobody."""
+    config.dry.validate()
     config.training.validate()
     config.checkpoint.validate()
     config.logging.validate()
     assert config.training.train_iters is not None
     config.optimizer.validate(config.training.train_iters)
-    config.engine().validate(world_size_from_environment())
+    config.engine().validate(config.dry.ranks)
     _check_kernels(config)
-    if not config.data.data_path:
+    if config.data.data_path:
+        splits = ("train",) if config.training.eval_interval is None else ("train", "valid")
+        check_data(config.data, config.batch.seq_length, config.model.vocab_size, splits=splits)
+    elif not config.dry.dry_run:
         raise RequestError("--data-path is required: PREFIX of a corpus written by python -m tools.preprocess_data")
-    splits = ("train",) if config.training.eval_interval is None else ("train", "valid")
-    check_data(config.data, config.batch.seq_length, config.model.vocab_size, splits=splits)
     if not config.data.eod_flags:
         needed = "--reset-position-ids, --reset-attention-mask or --eod-mask-loss"
         refuse_unused(config.data, ("eod_token_id",), needed)
@@ -48,7 +51,7 @@ def validate(config: RunConfig) -> None:
 def _check_kernels(config: RunConfig) -> None:
     """What torch would refuse only at the first step."""
     backend = config.kernels.attention_backend
-    if backend in ("cudnn", "efficient") and not torch.cuda.is_available():
+    if backend in NEEDS_CUDA and not torch.cuda.is_available() and not config.dry.dry_run:
         raise RequestError(f"--attention-backend {backend} needs a CUDA device: use auto, flash or math here")
     if backend == "flash" and config.data.reset_attention_mask:
         raise RequestError("--attention-backend flash cannot mask documents (--reset-attention-mask): use auto")

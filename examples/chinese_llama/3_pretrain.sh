@@ -26,7 +26,7 @@ source "$repository/tools/environment.sh"
 
 train "$LOAD" "$OUTPUT/2-pretrain" "${trained[@]}" "$@"
 
-if [[ $NODE_RANK == 0 ]]; then
+if [[ $NODE_RANK == 0 ]] && ! $dry_run; then
     say "the model for transformers, adapters merged into the weights"
     "$PYTHON" -m tools.convert_checkpoint --from native --to hf --input "$OUTPUT/2-pretrain" \
         --output "$OUTPUT/huggingface" --tokenizer "$OUTPUT/tokenizer" --dtype "$EXPORT_DTYPE"

@@ -1,59 +1,19 @@
 # Source this file from the scripts beside it: what the stages of Chinese-LLaMA's recipe share.
 
-fail() {
-    echo "error: $*" >&2
-    exit 2
-}
-
-# require NAME WHAT: the variable must be set to something.
-require() { [[ -n "${!1:-}" ]] || fail "$1 is not set: give $2"; }
-
-# require_paths NAME: every word of the variable must be a file or a folder that exists. Patterns are words, too.
-require_paths() {
-    local path
-    for path in ${!1}; do
-        [[ -e "$path" ]] || fail "$1 $path: no such file or folder"
-    done
-}
-
-# require_numbers NAME ...: they must be whole numbers above 0.
-require_numbers() {
-    local name
-    for name in "$@"; do
-        [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || fail "$name ${!name}: must be a whole number above 0"
-    done
-}
-
-# require_one_of NAME VALUE ...: of these values it must have one.
-require_one_of() {
-    local name=$1 value
-    shift
-    for value in "$@"; do
-        [[ "${!name}" != "$value" ]] || return 0
-    done
-    fail "$name ${!name}: must be one of $*"
-}
+source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 
 # json_number FILE KEY: of a flat object.
 json_number() { sed -nE "s/.*\"$2\": ([0-9]+).*/\\1/p" "$1"; }
 
-repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-# The scripts may be started from any folder: a `tools` or `tokenizer` of its own must not be taken for ours.
-export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 TOKENIZERS_PARALLELISM=false
 : "${OUTPUT:=chinese-llama}"
 
 # settings LR: of a training stage, into the variables that 2_train_embeddings.sh describes.
 settings() {
     : "${LR:=$1}" "${SEQ_LENGTH:=512}" "${GLOBAL_BATCH_SIZE:=1024}" "${MICRO_BATCH_SIZE:=4}" "${PRECISION:=bf16}"
-    : "${TP:=1}" "${PP:=1}" "${GPUS_PER_NODE:=8}" "${NNODES:=1}" "${MASTER_PORT:=29500}" "${SAVE_INTERVAL:=200}"
-    require_numbers SEQ_LENGTH GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE TP PP GPUS_PER_NODE NNODES MASTER_PORT SAVE_INTERVAL
+    : "${TP:=1}" "${PP:=1}" "${GPUS_PER_NODE:=8}" "${NNODES:=1}" "${SAVE_INTERVAL:=200}"
+    require_numbers SEQ_LENGTH GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE TP PP SAVE_INTERVAL
     require_one_of PRECISION bf16 fp16 fp32
-    if [[ $NNODES -eq 1 ]]; then
-        NODE_RANK=0
-    else
-        require NODE_RANK "the number of this node, from 0"
-        require MASTER_ADDR "the address of node 0"
-    fi
+    require_cluster
     [[ -f "$OUTPUT/model.yaml" ]] || fail "OUTPUT $OUTPUT: has no model.yaml; run 1_expand_vocabulary.sh first"
     if [[ -z "${DATA_PATH:-}" ]]; then
         DATA_PATH=$OUTPUT/corpus
@@ -72,20 +32,14 @@ steps_of_one_pass() {
 # train FROM SAVE [FLAG ...]: a stage, from the weights of FROM. If SAVE has checkpoints already it goes on with the
 # last of them, so that a job that was ended can simply be started again.
 train() {
-    local from=$1 save=$2 flags=() start rendezvous
+    local from=$1 save=$2 flags=() start
     shift 2
     start=(--load "$from" --finetune)
     [[ ! -f "$save/latest" ]] || start=(--load "$save")
     [[ $TP -eq 1 ]] || flags+=(--sequence-parallel)
     [[ $PRECISION == fp32 ]] || flags+=("--$PRECISION")
-    rendezvous=(--standalone)
-    if [[ $NNODES -gt 1 ]]; then
-        rendezvous=(--nnodes "$NNODES" --node-rank "$NODE_RANK")
-        rendezvous+=(--master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
-    fi
     # shellcheck disable=SC2086  # DATA_PATH is a list
-    "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$GPUS_PER_NODE" -m pretrain \
-        --config "$OUTPUT/model.yaml" --tokenizer-model "$OUTPUT/tokenizer" --data-path $DATA_PATH "${start[@]}" \
+    pretrain --config "$OUTPUT/model.yaml" --tokenizer-model "$OUTPUT/tokenizer" --data-path $DATA_PATH "${start[@]}" \
         --save "$save" --save-interval "$SAVE_INTERVAL" --metrics "$save.jsonl" --seq-length "$SEQ_LENGTH" \
         --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" --train-iters "$TRAIN_ITERS" \
         --lr "$LR" --lr-decay-style cosine --lr-warmup-iters $((TRAIN_ITERS * 5 / 100)) --weight-decay 0.01 \

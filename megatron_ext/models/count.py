@@ -7,6 +7,7 @@ this is *model* FLOPs.
 """
 
 import dataclasses
+import functools
 
 import torch
 
@@ -14,11 +15,12 @@ from megatron_ext.models.config import ModelConfig
 from megatron_ext.models.decoder import parameter_shapes
 
 
-def _one_layer(config: ModelConfig) -> tuple[list[torch.Size], list[torch.Size]]:
+@functools.lru_cache(maxsize=64)
+def _one_layer(config: ModelConfig) -> tuple[tuple[torch.Size, ...], tuple[torch.Size, ...]]:
     """Shapes of a layer's parameters, and of all that are outside of layers."""
     shapes = parameter_shapes(dataclasses.replace(config, num_layers=1))
-    inside = [shape for name, shape in shapes.items() if name.startswith("layers.")]
-    outside = [shape for name, shape in shapes.items() if not name.startswith("layers.")]
+    inside = tuple(shape for name, shape in shapes.items() if name.startswith("layers."))
+    outside = tuple(shape for name, shape in shapes.items() if not name.startswith("layers."))
     return inside, outside
 
 

@@ -49,6 +49,9 @@ def normal_slice(
     device = device or local.device
     if local.numel() == 0:
         return
+    if device.type == "meta":  # has no values to draw
+        local.zero_()
+        return
     rows, columns = shape
     first, last = offset[0], offset[0] + local.shape[0]
     for block in range(first // _ROWS_PER_BLOCK, -(-last // _ROWS_PER_BLOCK)):

@@ -1,6 +1,7 @@
 """Which layers stand on which stage, and which stages on which rank."""
 
 import dataclasses
+import functools
 
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, StageSpec
@@ -128,6 +129,7 @@ def _check_microbatches(schedule: str, pp: int, num_stages: int, n_microbatches:
         )
 
 
+@functools.lru_cache(maxsize=256)
 def balanced_layers(model: ModelConfig, num_stages: int) -> tuple[int, ...]:
     """Layers per stage such that the slowest stage is as fast as can be.
 

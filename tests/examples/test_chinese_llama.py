@@ -30,6 +30,7 @@ TINY = {
     "EXPORT_DTYPE": "float32", "GPUS_PER_NODE": 2, "TP": 2,
 }  # fmt: skip
 ALONE = {"GPUS_PER_NODE": 1, "TP": 1, "TRAIN_ITERS": 4}
+LATER_STAGES = shutil.ignore_patterns("1-*", "2-*", "huggingface")
 MATRICES = {"embed_tokens.weight", "lm_head.weight"}
 
 
@@ -155,9 +156,21 @@ def test_new_rows_alone_and_the_whole_model_without_a_first_stage(folder: Path) 
     assert_transformers_loads(out)
 
 
+@pytest.mark.parametrize("script", [EMBEDDINGS, PRETRAIN])
+def test_a_dry_run_is_one_process_and_leaves_nothing(folder: Path, script: str) -> None:
+    out = folder / f"rehearsed-{script}"
+    shutil.copytree(folder / "expanded", out, ignore=LATER_STAGES)
+    before = sorted(folder.rglob("*"))
+    printed = run(folder, script, "--dry-run", NNODES=2, OUTPUT=out, LOAD=out / "0-expanded")
+    assert printed.startswith("dry run of 4 ranks")
+    assert "PP 1 x DP 2 x TP 2" in printed
+    assert "data: not given" not in printed
+    assert sorted(folder.rglob("*")) == before
+
+
 @pytest.mark.slow
 def test_a_stage_goes_on_where_it_was(folder: Path) -> None:
-    shutil.copytree(folder / "expanded", folder / "stopped", ignore=shutil.ignore_patterns("1-*", "2-*", "huggingface"))
+    shutil.copytree(folder / "expanded", folder / "stopped", ignore=LATER_STAGES)
     assert "stopping at iteration 2" in run(folder, EMBEDDINGS, "--exit-interval", "2", **ALONE, OUTPUT="stopped")
     assert "continuing from iteration 2" in run(folder, EMBEDDINGS, **ALONE, OUTPUT="stopped")
     assert [record["iteration"] for record in metrics(folder / "stopped" / "1-embeddings.jsonl")] == [1, 2, 3, 4]

@@ -66,9 +66,9 @@ def test_a_pipeline_with_data_parallelism(pool: Pool, corpus: str, tmp_path: Pat
     for rank, psi in enumerate(elements):
         assert rows[rank][:3] == [str(rank), str(rank), f"{psi:,}"]
         for cell, size in zip(rows[rank][3:7], (4, 4, 8, 16), strict=True):
-            measured, formula = bytes_of(cell)
-            assert formula == pytest.approx(size * psi / shards, rel=0.001)
-            assert measured == pytest.approx(formula, rel=0.02)
+            measured, predicted = bytes_of(cell)
+            assert predicted == pytest.approx(size * psi / shards, rel=0.01)
+            assert measured == predicted
         assert bytes_of(rows[rank][7]) == [pytest.approx(records[0][f"memory_stage{rank}_peak_bytes"], rel=0.01)]
 
 
@@ -81,14 +81,14 @@ def test_a_pipeline_with_data_parallelism(pool: Pool, corpus: str, tmp_path: Pat
     ],
 )
 def test_rows_are_pipeline_ranks_with_all_their_stages(pool: Pool, corpus: str, layout: dict[str, Any]) -> None:
-    """The formula counts adapters, frozen parameters, untrained rows and the copy of a tied matrix as they are held."""
+    """To what is printed, with adapters, frozen parameters, untrained rows and the copy of a tied matrix."""
     flags: dict[str, Any] = {"data_path": corpus, "train_iters": 3, "pipeline_schedule": "interleaved"}
     printed, *_ = pool.run(train, 4, command(**flags, **layout, pipeline_model_parallel_size=2, report_memory=True))
     rows = table(printed)
     assert [row[:2] for row in rows] == [["0", "0, 2"], ["1", "1, 3"]]
     for cell in (cell for row in rows for cell in row[3:7]):
-        measured, formula = bytes_of(cell)
-        assert measured == pytest.approx(formula, rel=0.02, abs=8)
+        measured, predicted = bytes_of(cell)
+        assert measured == predicted
 
 
 OFFLOAD = {"offload_optimizer": "cpu"}
@@ -118,8 +118,8 @@ def test_deepspeed(pool: Pool, corpus: str, tmp_path: Path, flags: dict[str, Any
     printed, *_ = pool.run(train, 2, command(zero_engine="deepspeed", **run, **flags))
     (row,) = table(printed)
     for cell in row[3:7]:
-        measured, formula = bytes_of(cell)
-        assert measured == pytest.approx(formula, rel=0.02)
+        measured, predicted = bytes_of(cell)
+        assert measured == pytest.approx(predicted, rel=0.02)
 
 
 def test_a_continued_run_shows_it_after_its_own_first_step(pool: Pool, corpus: str, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The planner beside runs that others measured and published."""

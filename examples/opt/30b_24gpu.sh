@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# OPT 30B on 24 GPUs.
+#
+#   DATA_PATH=corpus TOKENIZER_MODEL=tokenizer.model OUTPUT=run NODE_RANK=0 MASTER_ADDR=node0 \
+#     bash examples/opt/30b_24gpu.sh [FLAG ...]      on every node, or with examples/slurm/pretrain.sbatch
+#
+# Shape and hyperparameters: arXiv 2205.01068, table 1 and sections 2.1-2.2 (4M tokens a step, a linear decay to a tenth
+# over 300B tokens after 375M of warm-up, initial weights of 0.006). There is no dropout here. The matrix has 50,272
+# rows, as the published one.
+# Written for 3 nodes of 8 A800-80GB, and all 24 GPUs of them: one stage to a node, 16 layers each, and two
+# data-parallel ranks of TP 4 in it.
+# Variables: examples/model.sh.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../model.sh"
+
+: "${NNODES:=3}" "${GPUS_PER_NODE:=8}"
+: "${TP:=4}" "${PP:=3}" "${MICRO_BATCH_SIZE:=1}" "${ZERO_STAGE:=1}" "${RECOMPUTE:=selective}"
+published=(
+    --model opt-30b --vocab-size 50272 --seq-length 2048 --global-batch-size 2048 --train-iters 71526
+    --lr 1e-4 --min-lr 1e-5 --lr-decay-style linear --lr-warmup-iters 90
+    --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 --init-method-std 0.006
+)
+
+train "${published[@]}" "$@"

@@ -1,0 +1,283 @@
+"""What one microbatch keeps on a stage from its forward to its backward pass, term by term.
+
+Every term is a tensor that autograd saves in the layers of `models`, `tensor_parallel` and `kernels`. In the
+sizes: b sequences, s tokens, h hidden, f feed-forward, a heads of d, g key/value heads, t tensor-parallel ranks,
+e bytes of an element as computed. Attention keeps no scores (Dao et al., arXiv 2205.14135), unless torch's `math`
+kernel is asked for; documents in a sequence (which a configuration does not know of) would add their mask. Weights that
+--train-only freezes keep no input, except that those frozen by a pattern are counted as if they were trained.
+"""
+
+import dataclasses
+
+import torch
+
+from megatron_ext.engine import EngineConfig
+from megatron_ext.models import StageSpec
+from megatron_ext.models.names import EMBEDDING, HEAD
+from megatron_ext.optim.trainable import MODES
+from megatron_ext.planner.states import local_elements, stage_parameters
+
+_INDEX, _BOOL = torch.int64.itemsize, torch.bool.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """Bytes of one microbatch on a stage.
+
+    kept: from the forward to the backward pass (or its input half), of which `layer` is a layer's and `head` the final
+    norm's, head's and loss's; logits: beside it, what the loss keeps of the logits' size. deferred, deferred_logits:
+    the same between the two halves of a split backward pass. temporary: on top of what is kept, most that the backward
+    pass of a layer needs at once; temporary_logits: and that the head and loss need in either pass. message: what one
+    stage hands to the next.
+    """
+
+    kept: float
+    layer: float
+    head: float
+    logits: float
+    deferred: float
+    deferred_logits: float
+    temporary: float
+    temporary_logits: float
+    message: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Elements of one microbatch's tensors on a rank. slice: [b, s or s/t, h], what is between parallel regions."""
+
+    tokens: int
+    tokens_of_slice: int
+    whole: int
+    slice: int
+    queries: int
+    keys: int
+    ffn: int
+    element: int
+    wide: int  # bytes of an element where statistics and sums are kept
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> "_Sizes":
+        model, batch, tp = config.model, config.batch, config.parallel.tensor_model_parallel_size
+        tokens = batch.micro_batch_size * batch.seq_length
+        tokens_of_slice = tokens // (tp if config.parallel.sequence_parallel else 1)
+        compute = config.precision.compute
+        return cls(
+            tokens=tokens,
+            tokens_of_slice=tokens_of_slice,
+            whole=tokens * model.hidden_size,
+            slice=tokens_of_slice * model.hidden_size,
+            queries=tokens * model.num_attention_heads // tp * model.head_dim,
+            keys=tokens * max(model.kv_heads // tp, 1) * model.head_dim,
+            ffn=tokens * model.ffn_hidden_size // tp,
+            element=compute.itemsize,
+            wide=torch.promote_types(compute, torch.float32).itemsize,
+        )
+
+
+def saved_bytes(config: EngineConfig, stage: StageSpec, device_type: str = "cuda", casts: bool = False) -> Saved:
+    """What a microbatch keeps on `stage`.
+
+    config: validated. device_type: whose kernels run, "cuda" or "cpu". casts: weights are cast for every microbatch
+    (ZeRO-0 in bf16 or fp16), and autograd keeps the casts.
+    """
+    sizes = _Sizes.of(config)
+    e, layers, message = sizes.element, stage.last - stage.first, sizes.slice * sizes.element
+    recomputes, widens = config.recompute.recompute_granularity == "full", _widens(config, device_type)
+    whole_layer = sum(layer_terms(config, device_type).values())
+    layer = message if recomputes else whole_layer
+    kept = layers * layer + sum(_shared(config).values())
+    if stage.has_embedding:
+        kept += sum(_embedding(config, device_type).values())
+    elif widens and not recomputes:
+        kept += message  # the received input, of which norms keep only a wider copy
+    head, logits, deferred_logits, temporary_logits = 0.0, 0.0, 0.0, 0.0
+    if stage.has_head:
+        of_loss = sizes.tokens * (sizes.wide + _INDEX + _BOOL)
+        norm = sum(_norm(config, device_type, sizes.slice, sizes.tokens_of_slice).values())
+        trained = config.trainable.trains(EMBEDDING if config.model.tied else HEAD)
+        head = norm + (message if trained else 0.0) + of_loss
+        kept += head
+        elements = sizes.tokens * -(-config.model.vocab_size // config.parallel.tensor_model_parallel_size)
+        logits, deferred_logits = elements * sizes.wide, elements * e
+        temporary_logits = elements * (sizes.wide + (e if e < sizes.wide else 0))
+    else:
+        kept += message  # the output, until its gradient has come
+    temporary = _temporary(config, casts)
+    if recomputes:
+        one = StageSpec(stage.first, stage.first + 1, has_embedding=False, has_head=False)
+        temporary += whole_layer - (0 if widens else message) + (e * _elements(config, one) if casts else 0)
+    elif casts:
+        kept += e * _elements(config, dataclasses.replace(stage, has_embedding=False))
+    if stage.has_embedding:  # there is no gradient to hand on, and torch leaves the whole backward pass for later
+        deferred, deferred_logits = kept + message, logits
+    else:
+        deferred = kept + layers * _deferred_gradients(config) + (message - of_loss if stage.has_head else 0.0)
+    return Saved(kept, layer, head, logits, deferred, deferred_logits, temporary, temporary_logits, message)
+
+
+def layer_terms(config: EngineConfig, device_type: str = "cuda") -> dict[str, float]:
+    """Bytes by name that a layer keeps which is not recomputed as a whole. The residual stream is the norms' input."""
+    sizes, model = _Sizes.of(config), config.model
+    terms: dict[str, float] = {}
+    norms = 1 if model.parallel_residual == "one-norm" else 2
+    for i in range(norms):
+        norm = _norm(config, device_type, sizes.slice, sizes.tokens_of_slice)
+        if i and model.parallel_residual == "two-norms" and not _widens(config, device_type):
+            del norm["input"]  # the same for both
+        terms |= {f"norm {i}: {name}": size for name, size in norm.items()}
+        if _keeps_inputs(config):
+            terms[f"norm {i}: output"] = sizes.slice * sizes.element
+    terms |= {f"attention: {name}": size for name, size in _attention(config, device_type).items()}
+    terms |= {f"feed-forward: {name}": size for name, size in _feed_forward(config).items()}
+    terms |= {f"adapter: {name}": size for name, size in _adapters(config, device_type).items()}
+    return terms
+
+
+def _norm(config: EngineConfig, device_type: str, elements: int, rows: int) -> dict[str, float]:
+    """What a norm keeps besides its output, which is its reader's. On a CPU torch composes RMSNorm of small steps."""
+    sizes = _Sizes.of(config)
+    e, wide = sizes.element, sizes.wide
+    if config.model.normalization == "LayerNorm":
+        return {"input": elements * e, "statistics": 2 * rows * (wide if device_type == "cuda" else e)}
+    if device_type == "cuda":
+        return {"input": elements * e, "statistics": rows * wide}
+    terms: dict[str, float] = {"input": elements * wide, "statistics": rows * wide}
+    return terms if _frozen(config) else terms | {"normalized": elements * wide}
+
+
+def _frozen(config: EngineConfig) -> bool:
+    """Whether no weight of a layer is trained, but for adapters."""
+    return config.trainable.train_only in MODES
+
+
+def _keeps_inputs(config: EngineConfig) -> bool:
+    """Whether linear layers, or adapters that drop nothing of it, keep their input."""
+    return not _frozen(config) or (config.adapters is not None and not config.adapters.lora_dropout)
+
+
+def _widens(config: EngineConfig, device_type: str) -> bool:
+    """Whether norms keep a float32 copy of their input, not the input."""
+    sizes = _Sizes.of(config)
+    return device_type == "cpu" and config.model.normalization == "RMSNorm" and sizes.element < sizes.wide
+
+
+def _attention(config: EngineConfig, device_type: str) -> dict[str, float]:
+    sizes, model = _Sizes.of(config), config.model
+    e, q, k, rows = sizes.element, sizes.queries, sizes.keys, sizes.queries // model.head_dim
+    if config.recompute.recompute_granularity == "selective":
+        return {"queries": q * e, "keys and values": 2 * k * e, "output": q * e}
+    terms: dict[str, float] = {}
+    if model.qk_layernorm:
+        for name, size in (("queries", q), ("keys", k)):
+            norm = _norm(config, device_type, size, size // model.head_dim)
+            terms |= {f"norm of {name}: {part}": n for part, n in norm.items()}
+        if device_type == "cuda" or model.normalization == "LayerNorm" or _widens(config, device_type):
+            terms["output in the order of heads"] = q * e  # o_proj then reads a copy
+    if config.kernels.attention_backend == "math":
+        wide = sizes.wide
+        return terms | {
+            "queries, keys and values": 3 * q * wide,
+            "scores": rows * config.batch.seq_length * wide,
+            "output": q * e,
+        }
+    terms |= {"queries": q * e, "keys and values": 2 * k * e, "log-sum-exp": rows * sizes.wide, "output": q * e}
+    if _mask(config) == "window":
+        terms["mask as added"] = config.batch.seq_length**2 * e
+    return terms
+
+
+def _feed_forward(config: EngineConfig) -> dict[str, float]:
+    sizes = _Sizes.of(config)
+    inner = float(sizes.ffn * sizes.element)
+    read_by_down_proj = {"activated": inner} if _keeps_inputs(config) else {}
+    if config.model.activation == "swiglu":
+        return {"gate": inner, "up": inner} | read_by_down_proj
+    if config.model.activation == "relu":  # which keeps its own output
+        return {"activated": inner}
+    return {"up": inner} | read_by_down_proj
+
+
+def _adapters(config: EngineConfig, device_type: str) -> dict[str, float]:
+    """Every adapter keeps its own dropped input, and what was dropped (see `tensor_parallel.lora`)."""
+    adapters, sizes = config.adapters, _Sizes.of(config)
+    if adapters is None or not adapters.lora_dropout:
+        return {}
+    mask = _BOOL if device_type == "cuda" else sizes.element
+    inputs = {"o_proj": sizes.queries, "down_proj": sizes.ffn}
+    return {name: inputs.get(name, sizes.slice) * (sizes.element + mask) for name in adapters.lora_target_modules}
+
+
+def _mask(config: EngineConfig) -> str | None:
+    if config.model.position_embedding_type == "alibi":
+        return "alibi"
+    window = config.model.window_size
+    return "window" if window is not None and window < config.batch.seq_length else None
+
+
+def _shared(config: EngineConfig) -> dict[str, float]:
+    """What all layers of a stage read: the rotation's cosines and sines, the mask."""
+    model, s, e = config.model, config.batch.seq_length, config.precision.compute.itemsize
+    terms: dict[str, float] = {}
+    if model.position_embedding_type == "rope":
+        terms["rotation"] = 2 * s * model.rotary_dim * e
+    if _mask(config) == "alibi":
+        terms["mask"] = model.num_attention_heads // config.parallel.tensor_model_parallel_size * s * s * e
+    elif _mask(config) == "window" and config.recompute.recompute_granularity is not None:
+        terms["mask"] = s * s * _BOOL
+    return terms
+
+
+def _embedding(config: EngineConfig, device_type: str) -> dict[str, float]:
+    """Its output is the first layer's input; the ids are the batch's."""
+    sizes, model = _Sizes.of(config), config.model
+    terms: dict[str, float] = {}
+    if config.parallel.tensor_model_parallel_size > 1:
+        terms["ids of this rank"] = sizes.tokens * (_INDEX + _BOOL)
+    if model.position_embedding_type == "learned_absolute":
+        terms["positions"] = config.batch.seq_length * _INDEX
+    if model.embed_layernorm:
+        terms |= _norm(config, device_type, sizes.slice, sizes.tokens_of_slice)
+    return terms
+
+
+def _temporary(config: EngineConfig, casts: bool) -> float:
+    """What the backward pass of a layer needs on top of all that is kept: at its start, in the feed-forward part.
+
+    Either the product's weight gradient and the gradient of its input; or, in SwiGLU, the gradients of its output and
+    inputs and one intermediate, when what the product kept is free again.
+    """
+    sizes, model = _Sizes.of(config), config.model
+    weight = model.hidden_size * model.ffn_hidden_size // config.parallel.tensor_model_parallel_size
+    by_weight = sizes.ffn * sizes.element + weight * (sizes.element + (sizes.wide if casts else 0))
+    if config.parallel.sequence_parallel:
+        by_weight += 2 * sizes.whole * sizes.element  # the gathered gradient, as it comes and in order
+    return max(by_weight, 3 * sizes.ffn * sizes.element) if model.activation == "swiglu" else by_weight
+
+
+def _deferred_gradients(config: EngineConfig) -> float:
+    """Of a layer: the gradients of what its weights produce, kept from the input half to the weight half."""
+    sizes = _Sizes.of(config)
+    inner = 2 if config.model.activation == "swiglu" else 1
+    outputs = inner * sizes.ffn + sizes.queries + 2 * sizes.keys + 2 * sizes.whole + 2 * sizes.slice
+    return outputs * sizes.element
+
+
+def _elements(config: EngineConfig, stage: StageSpec) -> int:
+    """Of all weights of a stage, on the first rank."""
+    return local_elements(config, stage_parameters(config, stage))[0]
+
+
+def paper_layer_bytes(
+    *, s: int, b: int, h: int, a: int, t: int = 1, sequence_parallel: bool = False, recompute: str | None = None
+) -> float:
+    """What a layer of a GPT (four times as wide inside) keeps in Megatron-LM: Korthikanti et al., arXiv 2205.05198,
+    table 2, in half precision.
+
+    It differs from ours by the masks of its dropouts, of s b h bytes each behind the attention and feed-forward
+    parts, and by an attention that is not fused and keeps 5 a s^2 b bytes of scores and their dropout.
+    """
+    if recompute == "full":
+        return 2 * s * b * h
+    scores = 0.0 if recompute == "selective" else 5 * a * s / h / t
+    return s * b * h * ((34 / t if sequence_parallel else 10 + 24 / t) + scores)

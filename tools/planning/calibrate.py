@@ -1,0 +1,77 @@
+"""Constants of a device from a run that was measured on it: how much slower or faster it is than the table says.
+
+One factor, for a run has one step time: on what matrix products, attention and memory-bound kernels reach.
+"""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.errors import RequestError
+from megatron_ext.planner.cluster import Cluster
+from megatron_ext.planner.program import Program
+from megatron_ext.planner.step import step_time
+from pretrain.flags import read_yaml, resolve
+
+_SLOWEST, _FASTEST = 1e-3, 1e3
+
+
+def calibrated(cluster: Cluster, program: Program, metrics: str) -> tuple[Cluster, str]:
+    """The cluster with the factor in, and a line that says what it is. metrics: pretrain --metrics FILE, with the
+    run's run.yaml where pretrain puts it. Raises RequestError."""
+    records = _read(metrics)
+    measured = statistics.median(record["elapsed_ms"] for record in records[len(records) // 2 :]) / 1e3
+    ranks = int(records[-1]["world_size"])
+    config = resolve(read_yaml(_resolved_beside(metrics))).engine().validate(ranks)
+    then = dataclasses.replace(cluster, gpus=ranks)
+
+    def predicted(factor: float) -> float:
+        return step_time(config, _faster(then, factor), program).seconds
+
+    slow, fast = _SLOWEST, _FASTEST
+    if not predicted(fast) <= measured <= predicted(slow):
+        raise RequestError(
+            f"--calibrate {metrics}: a step of {measured:.4g} s cannot be explained by the speed of the device: "
+            f"without computation it would take {predicted(fast):.4g} s; check --gpu and --interconnect"
+        )
+    for _ in range(60):
+        middle = (slow * fast) ** 0.5
+        slow, fast = (slow, middle) if predicted(middle) <= measured else (middle, fast)
+    line = (
+        f"calibrated on {metrics}: {ranks} ranks, {measured:.4g} s a step where the table says {predicted(1.0):.4g}: "
+        f"devices of {fast:.3g} x the table's speed"
+    )
+    return _faster(cluster, fast), line
+
+
+def _faster(cluster: Cluster, factor: float) -> Cluster:
+    measured = cluster.gpu.measured
+    changed = {name: getattr(measured, name) * factor for name in ("matmul", "attention", "memory")}
+    changed["launch_us"] = measured.launch_us / factor
+    gpu = dataclasses.replace(cluster.gpu, measured=dataclasses.replace(measured, **changed))
+    return dataclasses.replace(cluster, gpu=gpu)
+
+
+def _read(metrics: str) -> list[dict[str, Any]]:
+    try:
+        lines = Path(metrics).read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines if line.strip()]
+        if not records or any(not {"elapsed_ms", "world_size"} <= record.keys() for record in records):
+            raise ValueError("it has no lines with elapsed_ms and world_size")
+    except (OSError, ValueError, AttributeError) as error:
+        raise RequestError(f"--calibrate {metrics}: not a metrics file of pretrain ({error})") from error
+    return records
+
+
+def _resolved_beside(metrics: str) -> Path:
+    """Where pretrain wrote the run's resolved configuration: beside the metrics, or with the checkpoints."""
+    path = Path(metrics)
+    places = [path.with_suffix(".run.yaml"), path.with_suffix("") / "run.yaml", path.parent / "run.yaml"]
+    for place in places:
+        if place.is_file():
+            return place
+    raise RequestError(
+        f"--calibrate {metrics}: the run's configuration is not beside it; put its run.yaml at {places[0]}"
+    )

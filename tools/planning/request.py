@@ -1,0 +1,150 @@
+"""What a planner is asked: flags of its own, and those of `python -m pretrain` for the run that is planned."""
+
+import argparse
+import dataclasses
+import re
+from typing import Any
+
+from megatron_ext.engine import EngineConfig
+from megatron_ext.errors import RequestError
+from megatron_ext.mesh import ParallelConfig
+from megatron_ext.pipeline import PipelineConfig
+from megatron_ext.planner.cluster import Cluster
+from megatron_ext.planner.gpus import Gpu, gpu_named
+from megatron_ext.zero import ZeroConfig
+from pretrain.flags import all_flags, read_settings, resolve
+
+_FIELDS = {  # of planner.choices.Choice, and the flags that settle them
+    "tensor_model_parallel_size": "tp",
+    "pipeline_model_parallel_size": "pp",
+    "zero_stage": "zero",
+    "pipeline_schedule": "schedule",
+    "num_virtual_stages_per_pipeline_rank": "chunks",
+    "micro_batch_size": "micro_batch",
+    "recompute_granularity": "recompute",
+    "sequence_parallel": "sequence_parallel",
+}
+_SHORT = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "sp": "sequence_parallel",
+    "zero": "zero_stage",
+    "schedule": "pipeline_schedule",
+    "chunks": "num_virtual_stages_per_pipeline_rank",
+    "mb": "micro_batch_size",
+    "recompute": "recompute_granularity",
+    "layers": "pipeline_layers",
+}
+LAYOUT_HELP = (
+    "predict this layout instead of searching: tp=4,pp=3,zero=1,mb=2,schedule=interleaved,chunks=2,recompute=full,"
+    "sp=true,layers=22/21/21 or any flag's name; what is not named is pretrain's default. As the flags and --config "
+    "have it: --layout given"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """The run to plan. base: not validated, in the layout of its flags. allowed: what the command line settled."""
+
+    base: EngineConfig
+    allowed: dict[str, tuple[Any, ...]]
+    settings: dict[str, Any]  # as resolved from, for the flags of a script
+    assumed: list[str]  # what was not asked for, in words
+
+
+def read_run(arguments: list[str], layout: str | None, gpu: Gpu) -> Planned:
+    """arguments: what the planner's own parser left. Raises RequestError."""
+    file, given = read_settings(arguments)
+    assumed = []
+    if layout is not None and layout != "given":
+        given |= _read_layout(layout)
+    settings = file | given
+    if not any(settings.get(name) for name in ("bf16", "fp16")) and settings.get("params_dtype") is None:
+        name = "fp16" if gpu.name.startswith("v100") else "bf16"
+        settings[name] = True
+        assumed.append(f"--{name}")
+    base = resolve(settings).engine()
+    if settings.get("global_batch_size") is None:
+        raise RequestError("--global-batch-size is required: the sequences of one step, which a layout is planned for")
+    _without_layout(base).validate(1)
+    allowed = {_FIELDS[name]: (_read(name, value),) for name, value in given.items() if name in _FIELDS}
+    return Planned(base, allowed, settings, assumed)
+
+
+def _without_layout(config: EngineConfig) -> EngineConfig:
+    """The same run on one rank: to find what is wrong with it whatever the layout."""
+    return dataclasses.replace(
+        config,
+        batch=dataclasses.replace(config.batch, micro_batch_size=1),
+        parallel=ParallelConfig(),
+        pipeline=PipelineConfig(),
+        zero=ZeroConfig(),
+    )
+
+
+def _read_layout(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    flags = all_flags()
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        name = _SHORT.get(key.strip(), key.strip().replace("-", "_"))
+        if not equals or name not in flags:
+            raise RequestError(
+                f"--layout {text}: {part!r} is not KEY=VALUE with one of {', '.join(_SHORT)}, or a flag's name"
+            )
+        value = value.strip()
+        if flags[name].kind is bool:
+            if value not in ("true", "false"):
+                raise RequestError(f"--layout {text}: {key}={value} must be true or false")
+            found[name] = value == "true"
+        elif name == "recompute_granularity" and value == "none":
+            found[name] = None
+        else:
+            found[name] = value.replace("/", ",") if flags[name].listed else value
+    return found
+
+
+def _read(name: str, value: Any) -> Any:
+    return all_flags()[name].read(value)
+
+
+def read_cluster(options: argparse.Namespace) -> Cluster:
+    """The GPUs of --gpu, with what single flags say otherwise. Raises RequestError."""
+    own = ("peak_tflops", "memory_gb", "bandwidth")
+    if options.gpu is not None:
+        gpu = gpu_named(options.gpu)
+    else:
+        missing = ["--" + name.replace("_", "-") for name in own if getattr(options, name) is None]
+        if missing:
+            raise RequestError(f"--gpu is missing; or describe the device: {', '.join(missing)} missing")
+        like = gpu_named("a100-80g")  # shares of the datasheet; its links are those of a PCIe 4.0 board
+        gpu = dataclasses.replace(like, name="device", link_gb_s=32.0, network_gb_s=12.5)
+    for flag in ("gpus", "gpus_per_node", *own, "link"):
+        value = getattr(options, flag)
+        if value is not None and not 0 < value < float("inf"):
+            raise RequestError(f"--{flag.replace('_', '-')} {value}: must be above 0")
+    said = {
+        "peak_tflops": options.peak_tflops,
+        "memory_gib": options.memory_gb,
+        "bandwidth_gb_s": options.bandwidth,
+        "link_gb_s": options.link,
+        "network_gb_s": _network(options.interconnect, options.gpus_per_node),
+    }
+    gpu = dataclasses.replace(gpu, **{field: value for field, value in said.items() if value is not None})
+    return Cluster(gpu, options.gpus, options.gpus_per_node)
+
+
+def _network(text: str | None, gpus_per_node: int) -> float | None:
+    """GB/s of a GPU to other nodes: as it stands, or of a node's adapters, NUMBERxGIGABITS."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(?:(\d+)x)?(\d+(?:\.\d+)?)", text)
+    value = 0.0 if found is None else float(found[2])
+    if found is not None and found[1]:
+        value = int(found[1]) * value / 8 / gpus_per_node
+    if value <= 0:
+        raise RequestError(
+            f"--interconnect {text}: give the GB/s of one GPU to other nodes, such as 25, or a node's adapters as "
+            "NUMBERxGIGABITS, such as 8x200"
+        )
+    return value
