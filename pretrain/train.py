@@ -171,6 +171,7 @@ class Trainer:
             "learning_rate": result.learning_rate,
             "consumed_samples": self.consumed_samples - behind * self.batch_size,
             "global_batch_size": self.batch_size,
+            "world_size": self.grid.world_size,
             "loss_scale": result.loss_scale,
             "skipped": result.skipped,
             **self.throughput.figures(result.seconds),

@@ -30,10 +30,10 @@ from megatron_ext.planner.states import fullest_states, is_sharded, layout_of, l
 class RankMemory:
     """Bytes on the fullest rank of a pipeline rank, when most is in use.
 
-    states: as `Engine.model_states` has them; with `states_on_host` (an offloaded optimizer) they are not on the
-    device. working: weights and gradients that exist only inside a step (below 0 where the sharded gradients, which
-    are among the states, are not there yet). activations: what microbatches keep, and the temporaries of a backward
-    pass. head: tensors as large as the logits. buffers: messages between stages.
+    states: as `Engine.model_states` has them, of which `offloaded` bytes are not on the device. working: weights and
+    gradients that exist only inside a step (below 0 where the sharded gradients, which are among the states, are not
+    there yet). activations: what microbatches keep, and the temporaries of a backward pass. head: tensors as large as
+    the logits. buffers: messages between stages.
     """
 
     states: ModelStates
@@ -41,12 +41,16 @@ class RankMemory:
     activations: float
     head: float
     buffers: float
-    states_on_host: bool = False
+    offloaded: float = 0.0
+
+    @property
+    def states_on_host(self) -> bool:
+        return self.offloaded > 0
 
     @property
     def total(self) -> float:
         """On the device."""
-        states = 0.0 if self.states_on_host else self.states.total
+        states = self.states.total - self.offloaded
         return states + self.working + self.activations + self.head + self.buffers
 
 
@@ -77,10 +81,17 @@ def pipeline_memory(config: EngineConfig, world_size: int, device_type: str = "c
             if rank == layout.rank_of[-1] and not _splits_backward(layout):
                 # torch keeps every loss of a step, and with its graph the stage's input, which is a leaf of it
                 buffers += microbatches * saved[-1].message
-        on_host = config.zero.offload_optimizer is not None
-        working = whole + highest.working
-        found.append(RankMemory(states, working, highest.activations, highest.logits, buffers, on_host))
+        working, offloaded = whole + highest.working, _offloaded(config, states)
+        found.append(RankMemory(states, working, highest.activations, highest.logits, buffers, offloaded))
     return found
+
+
+def _offloaded(config: EngineConfig, states: ModelStates) -> float:
+    """Bytes of the states that are on the host or on NVMe. FSDP's shards go together, DeepSpeed's by kind."""
+    zero = config.zero
+    optimizer = states.gradients + states.optimizer if zero.offload_optimizer is not None else 0.0
+    weights = zero.offload_param is not None or (optimizer > 0 and zero.zero_engine == "torch")
+    return optimizer + (states.weights if weights else 0.0)
 
 
 class Moment(NamedTuple):
@@ -185,10 +196,14 @@ def _points(
 
 
 def _whole(config: EngineConfig, stages: list[StageSpec], states: ModelStates) -> float:
-    """Weights and gradients that are whole on a rank for the length of a step."""
+    """Weights and gradients that are whole on a rank for the length of a step. DeepSpeed's are among its states."""
+    if config.zero.zero_engine == "deepspeed":
+        return 0.0
     groups = [group for stage in stages for group in _groups(config, stage)]
     weights = config.precision.compute.itemsize * sum(whole for whole, _ in groups)
-    gradients = config.precision.stored.itemsize * sum(trained for _, trained in groups) - states.gradients
+    gradients = float(config.precision.stored.itemsize * sum(trained for _, trained in groups))
+    if config.zero.offload_optimizer is None:
+        gradients -= states.gradients  # the shards, which are made of them
     zero = config.zero
     accumulated = zero.zero_stage == 1 or zero.accumulate_then_reduce
     return (weights if zero.zero_stage < 3 else 0.0) + (gradients if accumulated else 0.0)

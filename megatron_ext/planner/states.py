@@ -100,17 +100,12 @@ def fullest_states(config: EngineConfig, world_size: int, pp_rank: int) -> Model
 def place_states(config: EngineConfig, world_size: int, place: Place) -> ModelStates:
     """`rank_states` by place."""
     cuts = pp_rank_parameters(config, world_size, place.pp)
-    tp, n, sharded = (
-        config.parallel.tensor_model_parallel_size,
-        shards(config, world_size),
-        is_sharded(config, world_size),
-    )
+    tp, n = config.parallel.tensor_model_parallel_size, shards(config, world_size)
+    sharded = is_sharded(config, world_size)
     if config.zero.zero_engine == "deepspeed":
-        elements = pp_rank_elements(config, world_size, place.pp)
-        footprint = deepspeed(
-            config.precision.compute, config.zero.zero_stage, config.zero.offload_optimizer is not None
-        )
-        return footprint.of_rank(elements, config.zero.zero_stage, n)
+        stage, offload = config.zero.zero_stage, config.zero.offload_optimizer is not None
+        footprint = deepspeed(config.precision.compute, stage, offload)
+        return footprint.of_rank(pp_rank_elements(config, world_size, place.pp), stage, n)
     weights, gradients, moments, counts = 0, 0, 0, 1
     for cut, count in cuts.items():
         shape, skipped = cut.of_tp_rank(tp, place.tp)

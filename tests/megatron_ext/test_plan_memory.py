@@ -179,3 +179,13 @@ def test_the_highest_point_of_a_step(pool: Pool, ranks: int) -> None:
             in_step = memory.total - memory.states.weights - memory.states.optimizer
             print(f"{ranks} ranks, rank {rank}: {in_step / highest:.3f} {options}")
             assert in_step == pytest.approx(highest, rel=0.1), (rank, options)
+
+
+def test_what_is_offloaded_is_not_on_the_device() -> None:
+    options: dict[str, Any] = {**SHAPE, "zero_stage": 3, "bf16": True}
+    on_device, offloaded = (
+        pipeline_memory(tiny(**options, offload_optimizer=where).validate(2), 2)[0] for where in (None, "cpu")
+    )
+    assert offloaded.states == on_device.states
+    assert on_device.total - offloaded.total == offloaded.offloaded == on_device.states.total
+    assert (on_device.states_on_host, offloaded.states_on_host) == (False, True)
