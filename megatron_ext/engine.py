@@ -8,6 +8,7 @@ unless the update is on the host (--offload-optimizer) or DeepSpeed's.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -141,15 +142,23 @@ class EngineConfig:
 
     def flops_per_token(self, causal: bool) -> float:
         """Model FLOPs of what is trained, adapters included; see `models.count.flops_per_token`."""
-        shapes = parameter_shapes(self.model, self.adapters)
-        trained = trained_in_products(select(self.trainable, shapes), self.model.tied)
-        adapters = sum(shape.numel() for name, shape in shapes.items() if is_adapter(name))
+        trained, adapters = _weights_in_products(self.model, self.adapters, self.trainable)
         return flops_per_token(self.model, self.batch.seq_length, causal, trained, adapters)
 
     @property
     def adapters(self) -> LoraConfig | None:
         """The adapters that the model has, if any."""
         return self.lora if self.trainable.train_only == "lora" else None
+
+
+@functools.lru_cache(maxsize=64)
+def _weights_in_products(
+    model: ModelConfig, adapters: LoraConfig | None, trainable: TrainableConfig
+) -> tuple[int, int]:
+    """Those that are trained, and those of adapters."""
+    shapes = parameter_shapes(model, adapters)
+    trained = trained_in_products(select(trainable, shapes), model.tied)
+    return trained, sum(shape.numel() for name, shape in shapes.items() if is_adapter(name))
 
 
 def require_split_backward(schedule: str) -> None:

@@ -9,6 +9,7 @@ predicts memory and step time of each, and explains the best that fit. Beside th
 """
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -108,7 +109,7 @@ def work(options: argparse.Namespace) -> int:
         plans = [Plan(planned.base.validate(cluster.gpus), cluster, program)]
     else:
         started = time.monotonic()
-        with tqdm(unit=" layouts", desc="predicting", leave=False, delay=1) as bar:
+        with tqdm(unit=" layouts", desc="predicting", leave=False, delay=1, disable=None) as bar:
             search = Search(planned.base, cluster, program, options.memory_fraction, planned.allowed, bar.update)
             plans = _best(planned, options.objective, search)
             reasons = [why_not(plans[0], other) for other in alternatives(search, plans[0])]
@@ -170,4 +171,5 @@ def _quiet(*_: object) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # millions of small tuples that live as long as the process: looking for cycles takes a third
     sys.exit(run(build_parser(), work, None))

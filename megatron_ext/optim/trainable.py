@@ -57,6 +57,11 @@ class TrainableConfig:
     def _patterns(self) -> list[str]:
         return [] if self.train_only is None or self.train_only in MODES else self.train_only.split(",")
 
+    @property
+    def tells_layers_apart(self) -> bool:
+        """Whether a parameter may be trained in one layer and frozen in another."""
+        return bool(self._patterns)
+
     def trains(self, name: str) -> bool:
         """Whether the parameter of this global name is trained, at least some of its rows."""
         if self.train_only is None:

@@ -70,8 +70,12 @@ class Stage(PipelineStage):
             info.buffer = self.room(self.device)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if loss is not None and full_backward:
+            loss.detach_()  # torch keeps every loss until the step ends, and its graph would keep the stage's input
         self._give_back(self.args_recv_info[bwd_chunk_id])
         self._give_back(self.grad_recv_info.get(bwd_chunk_id, ()))
 

@@ -11,7 +11,7 @@ from megatron_ext.pipeline import SCHEDULES, PipelineConfig, plan_stages
 from megatron_ext.planner.cluster import Cluster
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
-_CHUNKS = (2, 3, 4, 5, 6, 8, 10)
+_CHUNKS = (1, 2, 3, 4, 6, 8)
 _SCHEDULES = ("1f1b", "interleaved", "zero-bubble", "zbv")  # GPipe has 1F1B's bubble and needs more memory
 
 
@@ -131,7 +131,7 @@ def _schedules(base: EngineConfig, pp: int, allowed: dict[str, tuple[Any, ...]])
     for schedule in allowed.get("schedule", _SCHEDULES):
         fixed = SCHEDULES[schedule].stages_per_rank
         least = 2 if schedule == "interleaved" else 1
-        options = (fixed,) if fixed else tuple(n for n in allowed.get("chunks", (1, *_CHUNKS)) if n >= least)
+        options = (fixed,) if fixed else tuple(n for n in allowed.get("chunks", _CHUNKS) if n >= least)
         for chunks in options:
             if pp * chunks <= base.model.num_layers:
                 yield schedule, chunks

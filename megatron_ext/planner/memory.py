@@ -13,8 +13,8 @@ pipeline stage one group, see `zero.data_parallel`. DeepSpeed's groups and bucke
 
 import dataclasses
 import functools
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from megatron_ext.engine import EngineConfig
@@ -23,7 +23,15 @@ from megatron_ext.models import StageSpec
 from megatron_ext.pipeline import SCHEDULES, StageLayout
 from megatron_ext.pipeline.actions import Action, action_lists
 from megatron_ext.planner.activations import Saved, saved_bytes
-from megatron_ext.planner.states import fullest_states, is_sharded, layout_of, local_elements, shards, stage_parameters
+from megatron_ext.planner.states import (
+    alike,
+    fullest_states,
+    is_sharded,
+    layout_of,
+    local_elements,
+    shards,
+    stage_parameters,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +73,20 @@ def pipeline_memory(config: EngineConfig, world_size: int, device_type: str = "c
     microbatches = config.batch.microbatches(config.parallel.data_parallel_size(world_size))
     ranks = shards(config, world_size) if is_sharded(config, world_size) else 0
     casts = not ranks and config.precision.compute != config.precision.stored
-    saved = [saved_bytes(config, stage, device_type, casts) for stage in layout.stages]
-    points = [
-        _points(config, layout, stage, of, ranks, device_type) for stage, of in zip(layout.stages, saved, strict=True)
-    ]
+    kinds = [alike(config, stage) for stage in layout.stages]
+    saved = {kind: saved_bytes(config, kind, device_type, casts) for kind in set(kinds)}
+    points = {kind: _points(config, layout, kind, of, ranks, device_type) for kind, of in saved.items()}
+    of_stages, points_of_stages = [saved[kind] for kind in kinds], [points[kind] for kind in kinds]
+    standing: dict[tuple[StageSpec, ...], tuple[ModelStates, float]] = {}
     found = []
-    for rank, passed in enumerate(_moments(layout, microbatches)):
-        states = fullest_states(config, world_size, rank)
-        stages = [layout.stages[index] for index in layout.on_rank(rank)]
-        whole = _whole(config, stages, states) if ranks else 0.0
-        highest = peak(passed, saved, points)
-        buffers = 0.0
-        if len(layout.stages) > 1:
-            buffers = 2 * saved[0].message  # one that arrives and one that leaves
-            if rank == layout.rank_of[-1] and not _splits_backward(layout):
-                # torch keeps every loss of a step, and with its graph the stage's input, which is a leaf of it
-                buffers += microbatches * saved[-1].message
+    for rank, passed in enumerate(_moments(layout.schedule, layout.rank_of, microbatches)):
+        mine = tuple(kinds[index] for index in layout.on_rank(rank))
+        if mine not in standing:
+            states = fullest_states(config, world_size, rank)
+            standing[mine] = states, _whole(config, mine, states) if ranks else 0.0
+        states, whole = standing[mine]
+        highest = peak(passed, of_stages, points_of_stages)
+        buffers = 2 * saved[kinds[0]].message if len(kinds) > 1 else 0.0  # one that arrives and one that leaves
         working, offloaded = whole + highest.working, _offloaded(config, states)
         found.append(RankMemory(states, working, highest.activations, highest.logits, buffers, offloaded))
     return found
@@ -95,34 +101,50 @@ def _offloaded(config: EngineConfig, states: ModelStates) -> float:
 
 
 class Moment(NamedTuple):
-    """A pass on a rank: its kind and stage, and how many microbatches each stage of the rank then keeps, up to their
-    input half and between both halves. What a pass makes or frees is there while it runs."""
+    """A pass on a rank: its kind and stage, and how many microbatches each stage of the rank then keeps, in the order
+    of `stages`: up to their input half and between both halves. What a pass makes or frees is there while it runs."""
 
     kind: str
     stage: int
-    kept: tuple[tuple[int, int], ...]
-    deferred: tuple[tuple[int, int], ...]
+    stages: tuple[int, ...]
+    kept: tuple[int, ...]
+    deferred: tuple[int, ...]
 
 
-def moments(actions: Iterable[Action]) -> frozenset[Moment]:
-    """All that a rank goes through while it runs these actions."""
-    kept: Counter[int] = Counter()
-    deferred: Counter[int] = Counter()
-    found = set()
+def moments(actions: Sequence[Action]) -> list[Moment]:
+    """What a rank goes through while it runs these actions, but for what is no more in any respect than another."""
+    stages = tuple(sorted({action.stage for action in actions}))
+    kept, deferred = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0)
+    found: dict[tuple[str, int], set[tuple[int, ...]]] = {}
     for kind, stage, _ in actions:
         if kind == "F":
             kept[stage] += 1
-        found.add(Moment(kind, stage, tuple(kept.items()), tuple(deferred.items())))
+        found.setdefault((kind, stage), set()).add((*kept.values(), *deferred.values()))
         if kind == "W":
             deferred[stage] -= 1
         elif kind in "BI":
             kept[stage] -= 1
             deferred[stage] += kind == "I"
-    return frozenset(found)
+    return [
+        Moment(kind, stage, stages, counts[: len(stages)], counts[len(stages) :])
+        for (kind, stage), alike in found.items()
+        for counts in _largest(alike)
+    ]
 
 
-@functools.lru_cache(maxsize=256)
-def _moments(layout: StageLayout, microbatches: int) -> tuple[frozenset[Moment], ...]:
+def _largest(alike: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Those that no other exceeds in every count."""
+    largest: list[tuple[int, ...]] = []
+    for counts in sorted(alike, key=sum, reverse=True):
+        if not any(all(map(operator.ge, other, counts)) for other in largest):
+            largest.append(counts)
+    return largest
+
+
+@functools.lru_cache(maxsize=4096)
+def _moments(schedule: str, rank_of: tuple[int, ...], microbatches: int) -> tuple[list[Moment], ...]:
+    """By pipeline rank; which layers stand where does not matter."""
+    layout = StageLayout(schedule, (StageSpec(0, 0, False, False),) * len(rank_of), rank_of)
     return tuple(map(moments, action_lists(layout, microbatches)))
 
 
@@ -134,29 +156,28 @@ class Point(NamedTuple):
     working: float
 
 
-def peak(passed: Iterable[Moment], saved: Sequence[Saved], points: Sequence[dict[str, list[Point]]]) -> Point:
+def peak(passed: Iterable[Moment], saved: Sequence[Saved], points: Sequence[dict[str, Point]]) -> Point:
     """The point of a rank's step with most bytes.
 
     saved: of one microbatch, by stage of the pipeline. points: by stage and kind of pass, what there is more (or less)
-    at points of the pass than all microbatches keep that the rank works on, the one that passes included.
+    at the fullest point of the pass than all microbatches keep that the rank works on, the one that passes included.
     """
 
-    def reached() -> Iterator[Point]:
-        for moment in passed:
-            activations = sum(n * saved[i].kept for i, n in moment.kept)
-            activations += sum(n * saved[i].deferred for i, n in moment.deferred)
-            logits = sum(n * saved[i].logits for i, n in moment.kept)
-            logits += sum(n * saved[i].deferred_logits for i, n in moment.deferred)
-            for more in points[moment.stage][moment.kind]:
-                yield Point(activations + more.activations, logits + more.logits, more.working)
+    def reached(moment: Moment) -> Point:
+        activations, logits, working = points[moment.stage][moment.kind]
+        for stage, kept, deferred in zip(moment.stages, moment.kept, moment.deferred, strict=True):
+            of = saved[stage]
+            activations += kept * of.kept + deferred * of.deferred
+            logits += kept * of.logits + deferred * of.deferred_logits
+        return Point(activations, logits, working)
 
-    return max(reached(), key=sum)
+    return max(map(reached, passed), key=sum)
 
 
 def _points(
     config: EngineConfig, layout: StageLayout, stage: StageSpec, saved: Saved, ranks: int, device_type: str
-) -> dict[str, list[Point]]:
-    """Where a pass through a stage may need most, by kind of pass. ranks: that ZeRO shards over; 0: it does not.
+) -> dict[str, Point]:
+    """Where a pass through a stage needs most, by kind of pass. ranks: that ZeRO shards over; 0: it does not.
 
     Forward: its end. Backward: the loss; the first layer of the pass (the stage's last); the reduction of that one's
     gradients; the layer after it; the embedding.
@@ -186,16 +207,17 @@ def _points(
         Point(-saved.kept, -saved.logits, at_layer + (reduced or stored) * first[1] * stage.has_embedding),
     ]
     if not splits:
-        return {"F": [loss], "B": backward}
+        return {"F": loss, "B": max(backward, key=sum)}
     gradients = compute * sum(trained for _, trained in groups) + reduced * layer[1]
     weight = [Point(0.0, 0.0, at_layer), Point(-saved.deferred, -saved.deferred_logits, at_layer + gradients)]
     if stage.has_embedding:  # the whole pass is there
-        return {"F": [loss], "B": backward, "I": [Point(0.0, 0.0, at_layer)], "W": [*backward, *weight]}
+        passing = Point(0.0, 0.0, at_layer)
+        return {"F": loss, "B": max(backward, key=sum), "I": passing, "W": max(*backward, *weight, key=sum)}
     whole = Point(saved.deferred - saved.kept + saved.temporary, saved.deferred_logits, at_layer + before)
-    return {"F": [loss], "B": backward, "I": [loss, whole], "W": weight}
+    return {"F": loss, "B": max(backward, key=sum), "I": max(loss, whole, key=sum), "W": max(weight, key=sum)}
 
 
-def _whole(config: EngineConfig, stages: list[StageSpec], states: ModelStates) -> float:
+def _whole(config: EngineConfig, stages: Iterable[StageSpec], states: ModelStates) -> float:
     """Weights and gradients that are whole on a rank for the length of a step. DeepSpeed's are among its states."""
     if config.zero.zero_engine == "deepspeed":
         return 0.0
@@ -219,7 +241,10 @@ def _groups(config: EngineConfig, stage: StageSpec) -> list[tuple[int, int]]:
     def part(first: int, last: int, has_embedding: bool = False, has_head: bool = False) -> tuple[int, int]:
         return local_elements(config, stage_parameters(config, StageSpec(first, last, has_embedding, has_head)))
 
-    layers = [part(i, i + 1) for i in range(stage.first, stage.last)]
+    if config.trainable.tells_layers_apart:
+        layers = [part(i, i + 1) for i in range(stage.first, stage.last)]
+    else:
+        layers = [part(0, 1)] * (stage.last - stage.first)
     if config.model.tied and stage.has_embedding and stage.has_head:
         return [part(0, 0, True, True), *layers]
     before = [part(0, 0, has_embedding=True)] if stage.has_embedding else []

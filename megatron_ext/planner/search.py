@@ -20,6 +20,7 @@ from megatron_ext.planner.step import least_time
 
 SAFE_SHARE = 0.8
 """Of a GPU's memory: of 454 runs none that was estimated below it ran out (Fujii et al., arXiv 2411.06465)."""
+_NEAR = 1.1  # what takes longer than this, of the slowest found, is not made faster than it by moving layers
 _MOVES = 40  # of a layer, from one stage to another
 
 
@@ -62,7 +63,9 @@ class Search:
             self._tick()
             if len(found) == count and bound >= found[-1].step.seconds:
                 break
-            plan = self._spread(self._plan(configured(self.base, choice)))
+            plan = self._plan(configured(self.base, choice))
+            near = len(found) < count or not self.fits(plan) or plan.step.seconds < _NEAR * found[-1].step.seconds
+            plan = self._spread(plan) if near else plan
             if self.fits(plan):
                 found = sorted([*found, plan], key=lambda p: p.step.seconds)[:count]
         return found
@@ -88,11 +91,9 @@ class Search:
         return self._plans[config]
 
     def _bound(self, choice: Choice) -> float:
-        """Seconds that a step takes at least; ZeRO's messages can only add to it."""
-        alike = dataclasses.replace(choice, zero=1)
-        if alike not in self._bounds:
-            self._bounds[alike] = least_time(configured(self.base, alike), self.cluster, self.program)
-        return self._bounds[alike]
+        if choice not in self._bounds:
+            self._bounds[choice] = least_time(configured(self.base, choice), self.cluster, self.program)
+        return self._bounds[choice]
 
     def _spread(self, plan: Plan) -> Plan:
         """The same layout with layers moved from one stage to another, as long as that makes it fit, or faster."""
@@ -103,13 +104,16 @@ class Search:
             return plan  # there is no room on any rank
         for _ in range(_MOVES):
             moved = self._moved(plan)
-            if moved is None or self._badness(moved) >= self._badness(plan):
+            if moved is None or not self._better(moved, plan):
                 return plan
             plan = moved
         return plan
 
-    def _badness(self, plan: Plan) -> tuple[float, float]:
-        return max(0.0, plan.memory_share - self.memory_share), plan.step.seconds
+    def _better(self, one: Plan, other: Plan) -> bool:
+        """Fits better, or if both fit is faster: times are not predicted where they do not matter."""
+        if self.fits(one) and self.fits(other):
+            return one.step.seconds < other.step.seconds
+        return one.fullest < other.fullest
 
     def _moved(self, plan: Plan) -> Plan | None:
         """A layer moved from the rank that is too full, or else takes longest, to the one that is farthest from it."""

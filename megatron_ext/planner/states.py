@@ -151,6 +151,13 @@ def pp_rank_parameters(config: EngineConfig, world_size: int, pp_rank: int) -> C
     return total
 
 
+def alike(config: EngineConfig, stage: StageSpec) -> StageSpec:
+    """A stage with the same parameters, equal for all such stages: what is counted for one is true of all."""
+    if config.trainable.tells_layers_apart:
+        return stage
+    return StageSpec(0, stage.last - stage.first, stage.has_embedding, stage.has_head)
+
+
 def stage_parameters(config: EngineConfig, stage: StageSpec) -> Counter[Cut]:
     """How many parameters of each kind stand on a stage. Not to be changed: it is shared."""
     tp = config.parallel.tensor_model_parallel_size

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 from megatron_ext.engine import EngineConfig
 from megatron_ext.errors import RequestError
-from megatron_ext.pipeline import SCHEDULES, StageLayout
+from megatron_ext.pipeline import StageLayout
 from megatron_ext.planner.cluster import Cluster
 from megatron_ext.planner.data_parallel import GradientTraffic, gradient_traffic
 from megatron_ext.planner.layer import Microbatch, PassTimes, Seconds, plus, stage_times
 from megatron_ext.planner.program import Program
-from megatron_ext.planner.states import layout_of, local_elements, stage_parameters
+from megatron_ext.planner.states import alike, layout_of, local_elements, shards, stage_parameters
 from megatron_ext.planner.timeline import StageTimes, Timeline, simulate
 
 _HALF = 2
@@ -30,7 +30,8 @@ class _Stage:
     """A stage's seconds for a microbatch, by pass, and with its messages.
 
     forward, inputs, weights: as the pipeline waits for them. once: messages of a step that nothing hides. beside:
-    data parallelism's messages in every microbatch, as far as they take longer than what hides them.
+    data parallelism's messages in every microbatch, as far as they take longer than what hides them. trained:
+    parameters of a tensor-parallel rank that get a gradient.
     """
 
     passes: PassTimes
@@ -40,13 +41,14 @@ class _Stage:
     once: float
     beside: float
     hand_over: float
+    trained: int
 
     @property
     def whole(self) -> float:
         return self.forward + self.inputs + self.weights
 
 
-def _stage(passes: PassTimes, traffic: GradientTraffic, program: Program, hand_over: float) -> _Stage:
+def _stage(passes: PassTimes, traffic: GradientTraffic, program: Program, hand_over: float, trained: int) -> _Stage:
     forward, inputs, weights = passes.forward.total, plus(passes.inputs, passes.again).total, passes.weights.total
     beside_forward = _not_hidden(traffic.each_forward, forward, program)
     beside_backward = _not_hidden(traffic.each_backward, inputs + weights, program)
@@ -60,6 +62,7 @@ def _stage(passes: PassTimes, traffic: GradientTraffic, program: Program, hand_o
         + traffic.end,
         beside=beside_forward + beside_backward,
         hand_over=hand_over,
+        trained=trained,
     )
 
 
@@ -92,17 +95,16 @@ def step_time(config: EngineConfig, cluster: Cluster, program: Program) -> StepT
     stages = _stages(config, layout, cluster, program)
     times = [StageTimes(stage.forward, stage.inputs, stage.weights) for stage in stages]
     timeline = simulate(layout, microbatches, times, _send(config, cluster, program))
-    slowest = max(range(len(timeline.busy)), key=timeline.busy.__getitem__)
-    mine = [stages[i] for i in layout.on_rank(slowest)]
-    gradients = max(sum(stages[i].once for i in layout.on_rank(r)) for r in range(len(timeline.busy)))
-    update = max(_update(config, layout.on_rank(r), layout, cluster, program) for r in range(len(timeline.busy)))
-    fixed = cluster.gpu.measured.step_ms * 1e-3
-    parts = _parts(mine, microbatches) | {
-        "pipeline bubble": timeline.seconds - timeline.busy[slowest],
+    busy = timeline.busy
+    slowest = max(range(len(busy)), key=busy.__getitem__)
+    of_rank = _of_ranks(stages, layout)
+    gradients, update = _once(config, of_rank, cluster, program)
+    parts = _parts(of_rank[slowest], microbatches) | {
+        "pipeline bubble": timeline.seconds - busy[slowest],
         "gradients and weights, once": gradients,
-        "update": update + fixed,
+        "update": update,
     }
-    return StepTime(timeline.seconds + gradients + update + fixed, parts, timeline)
+    return StepTime(timeline.seconds + gradients + update, parts, timeline)
 
 
 def least_time(config: EngineConfig, cluster: Cluster, program: Program) -> float:
@@ -110,29 +112,31 @@ def least_time(config: EngineConfig, cluster: Cluster, program: Program) -> floa
     layout = layout_of(config, cluster.gpus)
     microbatches = config.batch.microbatches(config.parallel.data_parallel_size(cluster.gpus))
     stages = _stages(config, layout, cluster, program)
-    splits = layout.schedule in SCHEDULES and SCHEDULES[layout.schedule].splits_backward
     least, waits = 0.0, 0.0
-    for rank in range(max(layout.rank_of) + 1):
-        least = max(least, waits + microbatches * sum(stages[i].whole for i in layout.on_rank(rank)))
-        # the first microbatch comes through the stages before, and the last gradient goes back through them; where
-        # backward passes are split, weights' halves fill the latter wait
-        waits += stages[rank].forward + (0.0 if splits else stages[rank].inputs + stages[rank].weights)
-    return least
+    of_rank = _of_ranks(stages, layout)
+    for rank, mine in enumerate(of_rank):
+        least = max(least, waits + microbatches * sum(stage.whole for stage in mine))
+        # the first microbatch comes through the stages before, and the last gradient goes back through them
+        stage = stages[rank]
+        waits += stage.forward
+        if layout.schedule == "zero-bubble":  # weights' halves fill what they can of the latter
+            waits += max(0.0, stage.inputs - stage.weights)
+        elif layout.schedule in ("1f1b", "interleaved"):
+            waits += stage.inputs + stage.weights
+    return least + sum(_once(config, of_rank, cluster, program))
 
 
 def _stages(config: EngineConfig, layout: StageLayout, cluster: Cluster, program: Program) -> list[_Stage]:
-    batch, built = microbatch_of(config), dict[tuple[int, bool, bool], _Stage]()
+    batch = microbatch_of(config)
     hand_over = cluster.gpu.measured.hand_over_us * 1e-6 if max(layout.rank_of) > 0 else 0.0
-    stages = []
-    for spec in layout.stages:
-        kind = (spec.last - spec.first, spec.has_embedding, spec.has_head)
-        if kind not in built:
-            traffic = gradient_traffic(
-                config, cluster, program, *local_elements(config, stage_parameters(config, spec))
-            )
-            built[kind] = _stage(stage_times(batch, *kind, cluster, program), traffic, program, hand_over)
-        stages.append(built[kind])
-    return stages
+    kinds = [alike(config, stage) for stage in layout.stages]
+    built = {}
+    for kind in set(kinds):
+        elements = local_elements(config, stage_parameters(config, kind))
+        traffic = gradient_traffic(config, cluster, program, *elements)
+        passes = stage_times(batch, kind.last - kind.first, kind.has_embedding, kind.has_head, cluster, program)
+        built[kind] = _stage(passes, traffic, program, hand_over, elements[1])
+    return [built[kind] for kind in kinds]
 
 
 def _send(config: EngineConfig, cluster: Cluster, program: Program) -> float:
@@ -143,13 +147,18 @@ def _send(config: EngineConfig, cluster: Cluster, program: Program) -> float:
     return cluster.send(payload / (tp if cut else 1))
 
 
-def _update(
-    config: EngineConfig, indices: Sequence[int], layout: StageLayout, cluster: Cluster, program: Program
-) -> float:
-    """Seconds of the optimizer's step on a rank."""
-    trained = sum(local_elements(config, stage_parameters(config, layout.stages[i]))[1] for i in indices)
-    n = config.parallel.zero_shard_size or config.parallel.data_parallel_size(cluster.gpus)
-    return trained / (n if config.zero.zero_stage else 1) * program.update_bytes / cluster.gpu.traffic
+def _of_ranks(stages: Sequence[_Stage], layout: StageLayout) -> list[list[_Stage]]:
+    return [[stages[i] for i in layout.on_rank(rank)] for rank in range(max(layout.rank_of) + 1)]
+
+
+def _once(
+    config: EngineConfig, of_rank: Sequence[Sequence[_Stage]], cluster: Cluster, program: Program
+) -> tuple[float, float]:
+    """Seconds of what a step does once, on the rank that takes longest: messages that nothing hides, the update."""
+    n = shards(config, cluster.gpus) if config.zero.zero_stage else 1
+    trained = max(sum(stage.trained for stage in stages) for stages in of_rank)
+    update = trained / n * program.update_bytes / cluster.gpu.traffic + cluster.gpu.measured.step_ms * 1e-3
+    return max(sum(stage.once for stage in stages) for stages in of_rank), update
 
 
 def _parts(stages: Sequence[_Stage], microbatches: int) -> dict[str, float]:

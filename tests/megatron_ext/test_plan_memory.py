@@ -1,6 +1,8 @@
 """Predicted memory against what ranks really hold."""
 
+import weakref
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from megatron_ext.mesh import build_grid
 from megatron_ext.models import StageSpec
 from megatron_ext.pipeline import plan_stages
 from megatron_ext.pipeline.actions import Action, action_lists
+from megatron_ext.pipeline.stage import Stage
 from megatron_ext.planner.activations import saved_bytes
 from megatron_ext.planner.memory import pipeline_memory
 from megatron_ext.planner.states import rank_states
@@ -179,6 +182,40 @@ def test_the_highest_point_of_a_step(pool: Pool, ranks: int) -> None:
             in_step = memory.total - memory.states.weights - memory.states.optimizer
             print(f"{ranks} ranks, rank {rank}: {in_step / highest:.3f} {options}")
             assert in_step == pytest.approx(highest, rel=0.1), (rank, options)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
+def test_the_last_stage_lets_go_of_what_it_received(pool: Pool, schedule: str) -> None:
+    """Microbatches that are done leave nothing behind: more of them in a step do not raise what one pass sees."""
+    shape = {**SHAPE, **PP, "pipeline_schedule": schedule, "global_batch_size": 24, "micro_batch_size": 2}
+    config = tiny(**shape).validate(2)
+    message = saved_bytes(config, StageSpec(0, 1, True, False)).message
+    last = pool.run(kept_after_losses, 2, config)[1]
+    assert len(last) == 12
+    assert last[-1] - last[0] < 2 * message
+
+
+def kept_after_losses(config: EngineConfig) -> list[int]:
+    """Bytes of hidden states that this rank still holds graphs of, after every whole backward pass from a loss."""
+    engine = Engine(config, build_grid(config.parallel, torch.device("cpu")))
+    received: list[weakref.ref[torch.UntypedStorage]] = []
+    found = []
+    receive, backward = Stage.get_fwd_recv_ops, Stage.backward_one_chunk
+
+    def get_fwd_recv_ops(stage: Stage, i: int) -> Any:
+        ops = receive(stage, i)
+        received.extend(weakref.ref(op.tensor.untyped_storage()) for op in ops)
+        return ops
+
+    def backward_one_chunk(stage: Stage, i: int, **kwargs: Any) -> None:
+        backward(stage, i, **kwargs)
+        if kwargs.get("loss") is not None:
+            found.append(sum(storage.nbytes() for storage in (ref() for ref in received) if storage is not None))
+
+    batch = share(global_batch(config, 0), engine.grid, config.batch.micro_batch_size)
+    with mock.patch.multiple(Stage, get_fwd_recv_ops=get_fwd_recv_ops, backward_one_chunk=backward_one_chunk):
+        engine.train_step(batch, LR)
+    return found
 
 
 def test_what_is_offloaded_is_not_on_the_device() -> None:

@@ -13,8 +13,8 @@ from tokenizer.tables import text_table
 from tools.planning.script import layout_flags
 
 _GIB = 2**30
-_HEAD = ("TP", "PP", "DP", "ZeRO", "schedule", "stages", "microbatch", "recompute", "step s", "tokens/s/GPU")
-_FIGURES = ("MFU full", "causal", "bubble", "fullest GiB")
+_HEAD = ("TP", "PP", "DP", "ZeRO", "schedule", "layers of stages", "microbatch", "recompute")
+_FIGURES = ("step s", "tokens/s/GPU", "MFU full", "causal", "bubble", "fullest GiB")
 
 
 def introduction(base: EngineConfig, cluster: Cluster, name: str) -> str:
@@ -30,23 +30,26 @@ def introduction(base: EngineConfig, cluster: Cluster, name: str) -> str:
 
 
 def table(plans: list[Plan]) -> str:
-    return text_table([*_HEAD, *_FIGURES], [_row(plan) for plan in plans])
+    return text_table([*_HEAD, *_FIGURES], [[*_cells(plan), *_figures(plan)] for plan in plans])
 
 
-def _row(plan: Plan) -> list[str]:
-    config = plan.config
-    parallel, layout = config.parallel, layout_of(plan)
-    dp = parallel.data_parallel_size(plan.cluster.gpus)
-    counts = [stage.last - stage.first for stage in layout.stages]
+def _cells(plan: Plan) -> list[str]:
+    """The layout."""
+    config, parallel, layout = plan.config, plan.config.parallel, layout_of(plan)
     return [
         str(parallel.tensor_model_parallel_size) + ("+SP" if parallel.sequence_parallel else ""),
         str(parallel.pipeline_model_parallel_size),
-        str(dp),
+        str(parallel.data_parallel_size(plan.cluster.gpus)),
         str(config.zero.zero_stage),
         layout.schedule,
-        _layers(counts),
+        _layers([stage.last - stage.first for stage in layout.stages]),
         str(config.batch.micro_batch_size),
         config.recompute.recompute_granularity or "none",
+    ]
+
+
+def _figures(plan: Plan) -> list[str]:
+    return [
         f"{plan.step.seconds:.4g}",
         f"{plan.tokens_per_second / plan.cluster.gpus:.0f}",
         f"{plan.mfu():.1%}",
@@ -57,7 +60,7 @@ def _row(plan: Plan) -> list[str]:
 
 
 def _layers(counts: list[int]) -> str:
-    """[10, 10, 9, 10] -> "2x10,9,10" layers."""
+    """[10, 10, 9, 10] -> "2x10,9,10"."""
     parts: list[tuple[int, int]] = []
     for count in counts:
         if parts and parts[-1][1] == count:
@@ -117,7 +120,7 @@ def why_not(best: Plan, alternative: Alternative) -> str:
 
 
 def _short(plan: Plan) -> str:
-    tp, pp, dp, zero, schedule, _, size, recompute, *_ = _row(plan)
+    tp, pp, dp, zero, schedule, _, size, recompute = _cells(plan)
     return f"TP {tp} PP {pp} DP {dp} ZeRO-{zero} {schedule} microbatch {size} recompute {recompute}"
 
 
