@@ -6,14 +6,14 @@
 #
 # Shape and hyperparameters: arXiv 2302.13971, table 2 and section 2.3 (4M tokens a step, 1.0T tokens in all;
 # the rate falls to a tenth). The vocabulary is the tokenizer's: 32,000 pieces there.
-# Written for 2 nodes of 8 A800-80GB: whole weights and gradients are too much for one GPU, so two neighbours share
-# each layer.
+# Written for 2 nodes of 8 A800-80GB. python -m tools.plan: two neighbours share each layer, two stages, and nothing
+# is computed again.
 # Variables: examples/model.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../model.sh"
 
 : "${NNODES:=2}" "${GPUS_PER_NODE:=8}"
-: "${TP:=2}" "${PP:=1}" "${MICRO_BATCH_SIZE:=2}" "${ZERO_STAGE:=1}" "${RECOMPUTE:=selective}"
+: "${TP:=2}" "${PP:=2}" "${MICRO_BATCH_SIZE:=4}" "${ZERO_STAGE:=1}" "${RECOMPUTE:=none}"
 published=(
     --model llama-13b --seq-length 2048 --global-batch-size 2048 --train-iters 238419
     --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 2000

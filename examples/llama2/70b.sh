@@ -6,14 +6,14 @@
 #
 # Shape and hyperparameters: arXiv 2307.09288, section 2.2 and table 1 (4M tokens a step, 2.0T tokens in all; the rate
 # falls to a tenth).
-# Written for 16 nodes of 8 H800: TP inside a node (one group of keys and values to a GPU), stages of 20 layers over
-# four nodes each.
+# Written for 16 nodes of 8 H800. python -m tools.plan: the links of H800 make TP dear, so TP 2 and sixteen stages of 5
+# layers, one microbatch of one sequence at a time.
 # Variables: examples/model.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../model.sh"
 
 : "${NNODES:=16}" "${GPUS_PER_NODE:=8}"
-: "${TP:=8}" "${PP:=4}" "${MICRO_BATCH_SIZE:=1}" "${ZERO_STAGE:=1}" "${RECOMPUTE:=selective}"
+: "${TP:=2}" "${PP:=16}" "${MICRO_BATCH_SIZE:=1}" "${ZERO_STAGE:=1}" "${RECOMPUTE:=none}"
 published=(
     --model llama2-70b --seq-length 4096 --global-batch-size 1024 --train-iters 476837
     --lr 1.5e-4 --min-lr 1.5e-5 --lr-decay-style cosine --lr-warmup-iters 2000

@@ -7,14 +7,13 @@
 # Shape and peak rate: arXiv 2407.21783, table 3. Warm-up, decay to a hundredth and the batch of 8M tokens are those of
 # section 3.4.1 for 405B, and there are none for other sizes; weight decay, betas and clipping, of which the paper says
 # nothing, are Llama 2's.
-# Written for 16 nodes of 8 H800: TP inside a node, four stages over four nodes each; the last one has fewer layers,
-# for the head costs as much as one and more.
+# Written for 16 nodes of 8 H800. python -m tools.plan: TP 4 and eight stages of 10 layers, one sequence at a time.
 # Variables: examples/model.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../model.sh"
 
 : "${NNODES:=16}" "${GPUS_PER_NODE:=8}"
-: "${TP:=8}" "${PP:=4}" "${MICRO_BATCH_SIZE:=1}" "${ZERO_STAGE:=1}" "${RECOMPUTE:=selective}"
+: "${TP:=4}" "${PP:=8}" "${MICRO_BATCH_SIZE:=1}" "${ZERO_STAGE:=1}" "${RECOMPUTE:=none}"
 published=(
     --model llama3-70b --seq-length 8192 --global-batch-size 1024 --train-iters 1200000
     --lr 1.5e-4 --min-lr 1.5e-6 --lr-decay-style cosine --lr-warmup-iters 8000

@@ -7,13 +7,14 @@
 # Shape and peak rate: arXiv 2407.21783, table 3. Warm-up, decay to a hundredth and the batch of 8M tokens are those of
 # section 3.4.1 for 405B, and there are none for other sizes; weight decay, betas and clipping, of which the paper says
 # nothing, are Llama 2's.
-# Written for 2 nodes of 8 H800: two neighbours share each layer and the logits of 128,256 pieces.
+# Written for 2 nodes of 8 H800. python -m tools.plan: four stages, the last with fewer layers, for the head of 128,256
+# pieces costs as much as three.
 # Variables: examples/model.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../model.sh"
 
 : "${NNODES:=2}" "${GPUS_PER_NODE:=8}"
-: "${TP:=2}" "${PP:=1}" "${MICRO_BATCH_SIZE:=1}" "${ZERO_STAGE:=1}" "${RECOMPUTE:=selective}"
+: "${TP:=1}" "${PP:=4}" "${MICRO_BATCH_SIZE:=1}" "${ZERO_STAGE:=1}" "${RECOMPUTE:=none}"
 published=(
     --model llama3-8b --seq-length 8192 --global-batch-size 1024 --train-iters 1200000
     --lr 3e-4 --min-lr 3e-6 --lr-decay-style cosine --lr-warmup-iters 8000

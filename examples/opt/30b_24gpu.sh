@@ -7,14 +7,14 @@
 # Shape and hyperparameters: arXiv 2205.01068, table 1 and sections 2.1-2.2 (4M tokens a step, a linear decay to a tenth
 # over 300B tokens after 375M of warm-up, initial weights of 0.006). There is no dropout here. The matrix has 50,272
 # rows, as the published one.
-# Written for 3 nodes of 8 A800-80GB, and all 24 GPUs of them: one stage to a node, 16 layers each, and two
-# data-parallel ranks of TP 4 in it.
+# Written for 3 nodes of 8 A800-80GB, and all 24 GPUs of them. python -m tools.plan: TP 2, three stages of 16 layers,
+# and ZeRO-2 over four ranks, which makes room for microbatches of 4 without recomputation.
 # Variables: examples/model.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../model.sh"
 
 : "${NNODES:=3}" "${GPUS_PER_NODE:=8}"
-: "${TP:=4}" "${PP:=3}" "${MICRO_BATCH_SIZE:=1}" "${ZERO_STAGE:=1}" "${RECOMPUTE:=selective}"
+: "${TP:=2}" "${PP:=3}" "${MICRO_BATCH_SIZE:=4}" "${ZERO_STAGE:=2}" "${RECOMPUTE:=none}"
 published=(
     --model opt-30b --vocab-size 50272 --seq-length 2048 --global-batch-size 2048 --train-iters 71526
     --lr 1e-4 --min-lr 1e-5 --lr-decay-style linear --lr-warmup-iters 90
