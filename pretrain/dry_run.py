@@ -155,8 +155,9 @@ def table(layout: StageLayout, parameters: Sequence[float], memory: Sequence[Ran
     title = "GiB on the fullest rank of each pipeline rank, predicted"
     if layout.schedule != "none":
         title = f"{layout.schedule}; {title}"
-    if memory[0].states_on_host:
-        title += "; weights, gradients and optimizer are on the host, and not in the total"
+    offloaded = max(of_rank.offloaded for of_rank in memory)
+    if offloaded:
+        title += f"; up to {offloaded / 2**30:.2f} of the states are on the host or on disks, and not in the total"
     return [f"{title}:", *text_table(["rank", "stages", "layers", "parameters", *_STATES, *_BESIDE], rows).splitlines()]
 
 

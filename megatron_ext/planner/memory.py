@@ -52,10 +52,6 @@ class RankMemory:
     offloaded: float = 0.0
 
     @property
-    def states_on_host(self) -> bool:
-        return self.offloaded > 0
-
-    @property
     def total(self) -> float:
         """On the device."""
         states = self.states.total - self.offloaded

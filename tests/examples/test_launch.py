@@ -88,7 +88,7 @@ def test_a_model_fits_the_cluster_that_its_script_names(
 
 def test_a_dry_run_as_a_user_starts_it(tmp_path: Path) -> None:
     """Flags come last and win, variables say what the cluster is, and what is given is checked."""
-    variables = {"NNODES": "2", "GPUS_PER_NODE": "4", "ZERO_STAGE": "3", "OUTPUT": "run"}
+    variables = {"NNODES": "2", "GPUS_PER_NODE": "4", "PP": "1", "ZERO_STAGE": "3", "OUTPUT": "run"}
     done = start(tmp_path, "bash", EXAMPLES / "llama/7b.sh", "--dry-run", "--num-layers", "3", **variables)
     assert (done.returncode, done.stderr) == (0, "")
     assert "DP 8 x TP 1 | ZeRO-3" in done.stdout
@@ -119,14 +119,14 @@ def test_several_nodes(tmp_path: Path, recorder: Path, port: dict[str, str]) -> 
     assert config.logging.metrics == "run.jsonl"
     assert config.parallel.sequence_parallel
     assert config.precision.bf16
-    assert config.pipeline.pipeline_layers == (21, 22, 21)
-    assert config.recompute.recompute_granularity == "selective"
+    assert config.pipeline.pipeline_layers == (19, 22, 23)
+    assert config.recompute.recompute_granularity is None
     assert (config.zero.zero_stage, config.training.seed) == (2, 7)
     assert config.model.vocab_size == 50272
 
 
 def test_the_layout_is_in_variables(tmp_path: Path, recorder: Path) -> None:
-    layout = {"TP": "1", "PP": "2", "MICRO_BATCH_SIZE": "4", "ZERO_STAGE": "0", "RECOMPUTE": "none", "LAYERS": "40,24"}
+    layout = {"TP": "1", "PP": "2", "MICRO_BATCH_SIZE": "4", "ZERO_STAGE": "0", "RECOMPUTE": "full", "LAYERS": "40,24"}
     words = command(tmp_path, recorder, "opt/66b_24gpu.sh", "--dry-run", NNODES="5", **layout, SAVE_INTERVAL="9", **RUN)
     config = parse(words[2:])
     assert config.parallel.tensor_model_parallel_size == 1
@@ -134,7 +134,7 @@ def test_the_layout_is_in_variables(tmp_path: Path, recorder: Path) -> None:
     assert not config.parallel.sequence_parallel
     assert config.batch.micro_batch_size == 4
     assert config.zero.zero_stage == 0
-    assert config.recompute.recompute_granularity is None
+    assert config.recompute.recompute_granularity == "full"
     assert config.pipeline.pipeline_layers == (40, 24)
     assert config.checkpoint.save_interval == 9
     assert config.dry.ranks == 40
