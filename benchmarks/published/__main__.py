@@ -28,6 +28,7 @@ _HEAD = (
     "predicted s",
     "error",
 )
+_MANY = 100  # runs of a group that are too many to be shown one by one
 _GROUPS = ("group", "runs", "mean error", "mean |error|", "largest", "source")
 
 
@@ -69,13 +70,13 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def work(options: argparse.Namespace) -> None:
     runs = published_runs()
-    if options.vtrain is not None:
-        runs += vtrain_runs(options.vtrain)
+    for file in options.vtrain:
+        runs += vtrain_runs(file)
     groups = grouped(runs)
     table = markdown_table if options.markdown else text_table
     print(table(_GROUPS, [summary(name, members) for name, members in groups.items()]))
     for name, members in groups.items():
-        if name != "vTrain":
+        if len(members) < _MANY:
             print(f"\n{name}\n\n" + table(_HEAD, [row(run) for run in members]))
     if options.plot is not None:
         draw(groups, options.plot)
@@ -85,7 +86,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.published", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--vtrain", metavar="FILE.csv", help="vTrain's data/ground_truth_single.csv, to add its runs")
+    parser.add_argument(
+        "--vtrain",
+        nargs="+",
+        default=[],
+        metavar="FILE.csv",
+        help="vTrain's data/ground_truth_single.csv or _multi.csv",
+    )
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument("--plot", metavar="FILE.png", help="draw predicted over published step times")
     try:

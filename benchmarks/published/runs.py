@@ -22,6 +22,7 @@ _LEARNED = {"position_embedding_type": "learned_absolute", "untie_embeddings_and
 _FAMILIES: dict[str, dict[str, Any]] = {
     "gpt": {**_LAYER_NORM, **_LEARNED, "add_bias_linear": True},
     "mpt": {**_LAYER_NORM, **_LEARNED},
+    "glm": {"normalization": "LayerNorm", "add_bias_linear": True},
     "nemotron": _LAYER_NORM,
     "llama": {},
 }
@@ -54,25 +55,29 @@ def published_runs() -> list[Run]:
 
 
 def vtrain_runs(file: str) -> list[Run]:
-    """The runs of `ground_truth_single.csv` of vTrain (arXiv 2312.12391): Megatron-DeepSpeed, 2 to 8 A100-80GB, full
-    recomputation, 50,257 tokens. Raises RequestError."""
+    """The runs of one of vTrain's tables (arXiv 2312.12391; data/ground_truth_*.csv of its code): Megatron-DeepSpeed on
+    A100-80GB, full recomputation, 50,257 tokens; nodes with 800 Gb/s (its configurations). Raises RequestError."""
     columns = ["gpus", "global_batch", "micro_batch", "hidden", "heads", "layers", "seq", "tp", "dp", "pp", "ms"]
-    fixed = {"group": "vTrain", "program": "megatron-lm-2021", "family": "gpt", "source": "arXiv 2312.12391"}
+    fixed = {"program": "megatron-lm-2021", "family": "gpt", "source": "arXiv 2312.12391"}
     fixed |= {"vocab": "50257", "gpu": "a100-80g", "chunks": "1", "sequence_parallel": "0", "zero": "0"}
     try:
         with Path(file).open(encoding="utf-8-sig", newline="") as lines:
-            rows = [dict(zip(columns, line, strict=True)) for line in csv.reader(lines)][1:]
+            # the table of several nodes begins with the billions of parameters
+            rows = [dict(zip(columns, line[-len(columns) :], strict=True)) for line in csv.reader(lines)][1:]
         runs = []
         for row in rows:
+            several = int(row["gpus"]) > _NODE
+            group = {"group": "vTrain, several nodes" if several else "vTrain, one node"}
             hidden, seconds = int(row["hidden"]), float(row["ms"]) / 1e3
             more = {"ffn": str(4 * hidden), "kv_heads": row["heads"], "recompute": "full", "seconds": str(seconds)}
-            runs.append(_run(row | fixed | more | {"model": f"h{hidden} L{row['layers']}"}))
+            row = row | fixed | group | more | {"model": f"h{hidden} L{row['layers']}"}
+            runs.append(_run(row, network_gb_s=12.5 if several else None))
     except (OSError, ValueError, TypeError) as error:
-        raise RequestError(f"--vtrain {file}: not vTrain's table ({error})") from error
+        raise RequestError(f"--vtrain {file}: not a table of vTrain's ({error})") from error
     return runs
 
 
-def _run(row: dict[str, str]) -> Run:
+def _run(row: dict[str, str], network_gb_s: float | None = None) -> Run:
     n = {name: int(row[name]) for name in _INTEGERS}
     model = ModelConfig(
         num_layers=n["layers"],
@@ -94,7 +99,10 @@ def _run(row: dict[str, str]) -> Run:
         precision=PrecisionConfig(bf16=True),
         recompute=RecomputeConfig(None if row["recompute"] == "none" else row["recompute"]),
     )
-    cluster = Cluster(gpu_named(row["gpu"]), n["gpus"], _NODE)
+    gpu = gpu_named(row["gpu"])
+    if network_gb_s is not None:
+        gpu = dataclasses.replace(gpu, network_gb_s=network_gb_s)
+    cluster = Cluster(gpu, n["gpus"], _NODE)
     plan = Plan(config, cluster, program_named(row["program"]))
     return Run(row["group"], row["source"], row["model"], float(row["seconds"]), plan)
 

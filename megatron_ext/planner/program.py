@@ -58,6 +58,9 @@ MEGATRON_LM_2021 = Program(
     sends_slices=True,
     kernels=36,
 )
+MEGATRON_DEEPSPEED = dataclasses.replace(  # of 2022: gradients accumulated in float32, whole messages in the pipeline
+    MEGATRON_LM_2021, name="megatron-deepspeed-2022", accumulate_bytes=22, sends_slices=False
+)
 MEGATRON_CORE = dataclasses.replace(
     MEGATRON_LM_2021,
     name="megatron-core",
@@ -66,7 +69,7 @@ MEGATRON_CORE = dataclasses.replace(
     hidden_share=0.5,
     kernels=28,
 )
-_PROGRAMS = (MEGATRON_ZH, MEGATRON_LM_2021, MEGATRON_CORE)
+_PROGRAMS = (MEGATRON_ZH, MEGATRON_LM_2021, MEGATRON_DEEPSPEED, MEGATRON_CORE)
 
 
 def program_names() -> tuple[str, ...]:
