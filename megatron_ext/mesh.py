@@ -100,8 +100,11 @@ class ProcessGrid:
 
 
 def world_size_from_environment() -> int:
-    """How many ranks were started: torchrun's WORLD_SIZE, or one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many ranks were started: torchrun's WORLD_SIZE, or one. Raises RequestError where that is no number."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise RequestError(f"WORLD_SIZE {text}: the environment variable must be a whole number above 0")
+    return int(text)
 
 
 def local_device() -> torch.device:

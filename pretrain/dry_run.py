@@ -41,7 +41,7 @@ def dry_run(config: RunConfig) -> None:
     Raises RuntimeError where what was built is not the model, or does not hold what is predicted. Of several
     processes the first works, for all of them would find the same.
     """
-    if int(os.environ.get("RANK", "0")) != 0:
+    if os.environ.get("RANK", "0") != "0":
         return
     world_size = config.dry.ranks
     resolved = config.engine().validate(world_size)

@@ -11,6 +11,7 @@ predicts memory and step time of each, and explains the best that fit. Beside th
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from megatron_ext.planner.reasons import alternatives
 from megatron_ext.planner.search import SAFE_SHARE, Search
 from tools.command import Parser, run
 from tools.planning.calibrate import calibrated
-from tools.planning.picture import draw_plan
+from tools.planning.picture import check_picture, draw_plan
 from tools.planning.report import as_json, explanation, introduction, table, verdict, why_not
 from tools.planning.request import LAYOUT_HELP, Planned, read_cluster, read_run
 from tools.planning.script import launch_script, layout_flags
@@ -88,10 +89,9 @@ def build_parser() -> Parser:
 def work(options: argparse.Namespace) -> int:
     if not 0 < options.memory_fraction <= 1:
         raise RequestError(f"--memory-fraction {options.memory_fraction}: must be above 0 and at most 1")
-    for flag in ("plot", "script"):
-        path = getattr(options, flag)
-        if path is not None and not Path(path).resolve().parent.is_dir():
-            raise RequestError(f"--{flag} {path}: its folder does not exist")
+    _check_outputs(options)
+    if options.layout is not None and options.objective != "throughput":
+        raise RequestError(f"--objective {options.objective} has no effect with --layout: there is nothing to choose")
     cluster, program, notes = read_cluster(options), program_named(options.program), []
     planned = read_run(options.rest, options.layout, cluster.gpu)
     if planned.assumed:
@@ -112,7 +112,10 @@ def work(options: argparse.Namespace) -> int:
         with tqdm(unit=" layouts", desc="predicting", leave=False, delay=1, disable=None) as bar:
             search = Search(planned.base, cluster, program, options.memory_fraction, planned.allowed, bar.update)
             plans = _best(planned, options.objective, search)
-            reasons = [why_not(plans[0], other) for other in alternatives(search, plans[0])]
+            reasons = [
+                why_not(plans[0], other, options.objective)
+                for other in alternatives(search, plans[0], options.objective)
+            ]
         say(
             f"{len(search.choices):,} layouts can run, {search.predicted:,} of them predicted in "
             f"{time.monotonic() - started:.1f} s; the best that fit in {options.memory_fraction:.0%} of the memory:"
@@ -124,15 +127,15 @@ def work(options: argparse.Namespace) -> int:
         say(line)
     say("\nflags: " + " ".join(word for flag in layout_flags(best.config) for word in flag))
     title = f"{name} on {cluster.gpus} {cluster.gpu.name}: {verdict(best, options.memory_fraction)}"
-    if options.json:
-        found = [as_json(plan, options.memory_fraction) for plan in plans]
-        print(json.dumps({"plans": found, "why_not": reasons, "notes": notes}, indent=2))
     if options.plot is not None:
         draw_plan(best, options.memory_fraction, title, options.plot)
         say(f"wrote {options.plot}")
     if options.script is not None:
         _write(options.script, launch_script(best, planned.settings, title))
         say(f"wrote {options.script}: try it with bash {options.script} --dry-run")
+    if options.json:
+        found = [as_json(plan, options.memory_fraction) for plan in plans]
+        print(json.dumps({"plans": found, "why_not": reasons, "notes": notes}, indent=2))
     return 0
 
 
@@ -156,6 +159,21 @@ def _best(planned: Planned, objective: str, search: Search) -> list[Plan]:
             "--memory-fraction"
         )
     return plans
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Before anything takes time."""
+    for flag in ("plot", "script"):
+        path = getattr(options, flag)
+        if path is None:
+            continue
+        folder = Path(path).resolve().parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise RequestError(f"--{flag} {path}: its folder does not exist, or is not writable")
+        if Path(path).is_dir():
+            raise RequestError(f"--{flag} {path}: is a folder; name a file in it")
+    if options.plot is not None:
+        check_picture(options.plot)
 
 
 def _write(path: str, text: str) -> None:

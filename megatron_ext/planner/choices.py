@@ -126,7 +126,8 @@ def _slicings(base: EngineConfig, tp: int, allowed: dict[str, tuple[Any, ...]]) 
 
 def _schedules(base: EngineConfig, pp: int, allowed: dict[str, tuple[Any, ...]]) -> Iterator[tuple[str, int]]:
     if pp == 1:
-        yield "none", 1
+        if base.pipeline.pipeline_layers is None:
+            yield "none", 1
         return
     for schedule in allowed.get("schedule", _SCHEDULES):
         fixed = SCHEDULES[schedule].stages_per_rank

@@ -51,4 +51,5 @@ class Cluster:
         return payload / (rate * 1e9)
 
     def crosses_nodes(self, size: int, stride: int) -> bool:
-        return size * stride > self.gpus_per_node
+        """Whether any of the groups has ranks on two nodes."""
+        return self.gpus > self.gpus_per_node and self.gpus_per_node % (size * stride) != 0

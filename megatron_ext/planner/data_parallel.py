@@ -6,6 +6,7 @@ See `zero.data_parallel` for who sends what when; messages of a step by stage ar
 import dataclasses
 
 from megatron_ext.engine import EngineConfig
+from megatron_ext.pipeline import SCHEDULES
 from megatron_ext.planner.cluster import Cluster
 from megatron_ext.planner.program import Program
 from megatron_ext.planner.states import is_sharded, shards
@@ -33,15 +34,17 @@ def gradient_traffic(
     in_message = 2 if zero.grad_reduce_in_bf16 else min(program.gradient_bytes, config.precision.stored.itemsize)
     gradients = trained * in_message
     if not is_sharded(config, cluster.gpus):
-        reduced = cluster.all_reduce(dp, tp, gradients)
-        return GradientTraffic(end=reduced)
+        return GradientTraffic(end=cluster.all_reduce(dp, tp, gradients))
     gather = cluster.ring(n, tp, elements * size)
     reduce = cluster.ring(n, tp, gradients)
     replicas = cluster.all_reduce(dp // n, tp * n, gradients / n)
     reduces_each = zero.zero_stage >= 2 and not zero.accumulate_then_reduce
+    schedule = config.pipeline.pipeline_schedule
+    halves = 2 if schedule is not None and SCHEDULES[schedule].splits_backward else 1  # each gathers for itself
+    gathers = gather if zero.zero_stage == 3 else 0.0
     return GradientTraffic(
-        each_forward=gather if zero.zero_stage == 3 else 0.0,
-        each_backward=(gather if zero.zero_stage == 3 else 0.0) + (reduce if reduces_each else 0.0),
+        each_forward=gathers,
+        each_backward=halves * gathers + (reduce if reduces_each else 0.0),
         first_forward=0.0 if zero.zero_stage == 3 else gather,
         last_backward=replicas + (0.0 if reduces_each else reduce),
     )

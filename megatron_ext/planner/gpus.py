@@ -37,6 +37,7 @@ class Gpu:
     multiprocessors: int
     reported_as: tuple[str, ...]  # how the driver's name of the device begins to be told from others
     measured: Measured
+    has_bf16: bool = True
 
     @property
     def flops(self) -> float:
@@ -58,7 +59,7 @@ _A100 = Measured(0.87, 0.55, 0.72, 0.78, 0.45, 23.5, 450.0, 1.0)
 _HOPPER = Measured(0.80, 0.50, 0.75, 0.82, 0.60, 10.0, 50.0, 1.0)
 _BLACKWELL = dataclasses.replace(_HOPPER, matmul=0.776)
 _GPUS = (
-    Gpu("v100-32g", 125.0, 32, 900, 150, 6.25, 80, ("V100",), _A100),
+    Gpu("v100-32g", 125.0, 32, 900, 150, 6.25, 80, ("V100",), _A100, has_bf16=False),
     Gpu("a100-40g", 312.0, 40, 1555, 300, 25, 108, ("A100-SXM4-40GB", "A100-PCIE-40GB"), _A100),
     Gpu("a100-80g", 312.0, 80, 2039, 300, 25, 108, ("A100",), _A100),
     Gpu("a800-80g", 312.0, 80, 2039, 200, 25, 108, ("A800",), _A100),

@@ -61,7 +61,8 @@ class PassTimes(NamedTuple):
 class Microbatch:
     """What a tensor-parallel group computes at once: `size` sequences of `length` tokens.
 
-    recompute: None, "selective" or "full". trains_layers: whether the layers' weights get gradients.
+    recompute: None, "selective" or "full". unfused: the scores go to memory (torch's `math` kernel). trained: share
+    of the layers' weights that get a gradient. trains_head, trains_embedding: whether those do.
     """
 
     model: ModelConfig
@@ -70,7 +71,10 @@ class Microbatch:
     tp: int
     sequence_parallel: bool
     recompute: str | None
-    trains_layers: bool = True
+    unfused: bool = False
+    trained: float = 1.0
+    trains_head: bool = True
+    trains_embedding: bool = True
 
     @property
     def tokens(self) -> int:
@@ -91,10 +95,10 @@ def _attention(batch: Microbatch, gpu: Gpu, program: Program) -> tuple[Seconds, 
     model, s = batch.model, batch.length
     heads = batch.size * model.num_attention_heads / batch.tp
     d, scores = model.head_dim, heads * s * s
-    dense = model.position_embedding_type == "alibi"  # a mask that FlashAttention does not take
-    if program.flash_attention and not dense:
-        seen = min(model.window_size or s, s)
-        operations = 4 * heads * d * seen * (s - seen / 2)
+    if program.flash_attention and not batch.unfused:
+        masked = model.position_embedding_type == "alibi" or (model.window_size or s) < s
+        # the kernels that take a mask compute all scores, at about half the rate
+        operations = 4 * heads * d * s * s * (2 if masked else 0.5)
         forward = operations / (gpu.flops * gpu.measured.attention)
         return Seconds(compute=forward), Seconds(compute=2.5 * forward)
     products = product(gpu, s, s, d, heads) + product(gpu, s, d, s, heads)
@@ -149,15 +153,15 @@ def layer_times(batch: Microbatch, cluster: Cluster, program: Program) -> PassTi
     shapes = _products(batch, program)
     forward = sum(product(gpu, batch.tokens, n, k) for n, k in shapes)
     inputs = sum(product(gpu, batch.tokens, k, n) for n, k in shapes)
-    weights = sum(product(gpu, n, k, batch.tokens) for n, k in shapes) if batch.trains_layers else 0.0
+    weights = batch.trained * sum(product(gpu, n, k, batch.tokens) for n, k in shapes)
     core_forward, core_backward = _attention(batch, gpu, program)
     moved_forward, moved_backward = (moved / gpu.traffic for moved in _elementwise(batch, program))
-    gradients = parameters_per_layer(batch.model) / tp * program.accumulate_bytes / gpu.traffic
+    gradients = batch.trained * parameters_per_layer(batch.model) / tp * program.accumulate_bytes / gpu.traffic
     host = program.kernels * gpu.measured.launch_us * 1e-6
     message = _HALF * batch.tokens * batch.model.hidden_size
     sums = 2 * cluster.all_reduce(tp, 1, message)  # as much as two all-gathers and two reduce-scatters
     # sequence parallelism gathers the inputs of the products again; their weights' gradients wait for them
-    regathered = 2 * cluster.ring(tp, 1, message) if batch.sequence_parallel else 0.0
+    regathered = 2 * cluster.ring(tp, 1, message) if batch.sequence_parallel and batch.trained else 0.0
     whole = plus(Seconds(forward, moved_forward, sums, host), core_forward)
     again = Seconds()
     if batch.recompute == "full":
@@ -167,7 +171,7 @@ def layer_times(batch: Microbatch, cluster: Cluster, program: Program) -> PassTi
     return PassTimes(
         forward=whole,
         inputs=plus(Seconds(inputs, moved_backward, sums, host), core_backward),
-        weights=Seconds(weights, gradients if batch.trains_layers else 0.0, regathered, host),
+        weights=Seconds(weights, gradients, regathered, host if batch.trained else 0.0),
         again=again,
     )
 
@@ -180,10 +184,11 @@ def head_times(batch: Microbatch, cluster: Cluster, program: Program) -> PassTim
     forward, backward = (batch.tokens * rows * moved / gpu.traffic for moved in program.loss_bytes)
     gradients = rows * h * program.accumulate_bytes / gpu.traffic
     message = cluster.all_reduce(batch.tp, 1, _HALF * batch.tokens * h)
+    weights = Seconds(product(gpu, rows, h, batch.tokens), gradients) if batch.trains_head else Seconds()
     return PassTimes(
         forward=Seconds(product(gpu, batch.tokens, rows, h), forward),
         inputs=Seconds(product(gpu, batch.tokens, h, rows), backward, message),
-        weights=Seconds(product(gpu, rows, h, batch.tokens), gradients),
+        weights=weights,
     )
 
 
@@ -196,7 +201,7 @@ def embedding_times(batch: Microbatch, cluster: Cluster, program: Program) -> Pa
     sums = cluster.all_reduce(batch.tp, 1, hidden)
     return PassTimes(
         forward=Seconds(memory=2 * hidden / gpu.traffic, messages=sums),
-        weights=Seconds(memory=(2 * hidden + matrix) / gpu.traffic),
+        weights=Seconds(memory=(2 * hidden + matrix) / gpu.traffic if batch.trains_embedding else 0.0),
     )
 
 

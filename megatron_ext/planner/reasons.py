@@ -13,7 +13,8 @@ _TELLING = 0.005  # share of the best step's time from which on a difference is 
 
 @dataclasses.dataclass(frozen=True)
 class Alternative:
-    """The best layout with another value of one aspect (a field of Choice); the one that needs least, if none fits."""
+    """The best layout with another value of one aspect (a field of Choice); the one that needs least, if none fits, or
+    if memory is what matters."""
 
     aspect: str
     value: Any
@@ -21,8 +22,8 @@ class Alternative:
     fits: bool
 
 
-def alternatives(search: Search, best: Plan) -> list[Alternative]:
-    """For every aspect, every other value that can run at all."""
+def alternatives(search: Search, best: Plan, objective: str) -> list[Alternative]:
+    """For every aspect, every other value that can run at all. objective: "throughput" or "memory"."""
     chosen, found = choice_of(best.config), []
     for aspect in _ASPECTS:
         values = {getattr(choice, aspect) for choice in search.choices} - {getattr(chosen, aspect)}
@@ -31,8 +32,9 @@ def alternatives(search: Search, best: Plan) -> list[Alternative]:
             def same(choice: Choice, aspect: str = aspect, value: Any = value) -> bool:
                 return bool(getattr(choice, aspect) == value)
 
-            plans = search.fastest(only=same)
-            found.append(Alternative(aspect, value, (plans or search.smallest(only=same))[0], bool(plans)))
+            plans = search.fastest(only=same) if objective == "throughput" else []
+            plan = (plans or search.smallest(only=same))[0]
+            found.append(Alternative(aspect, value, plan, search.fits(plan)))
     return found
 
 

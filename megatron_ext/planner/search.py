@@ -1,8 +1,8 @@
 """The best layouts of a model on a cluster.
 
 There are thousands, and a prediction takes milliseconds: so every layout first gets a bound that its step cannot be
-faster than (the busiest rank's own work, without any waiting), and is predicted in the order of the bounds until none
-is below what was found.
+faster than with its layers spread evenly, and is predicted in the order of the bounds until none is below what was
+found.
 """
 
 import dataclasses

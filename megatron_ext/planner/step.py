@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from megatron_ext.engine import EngineConfig
 from megatron_ext.errors import RequestError
+from megatron_ext.models import StageSpec
+from megatron_ext.models.names import EMBEDDING, HEAD
 from megatron_ext.pipeline import StageLayout
 from megatron_ext.planner.cluster import Cluster
 from megatron_ext.planner.data_parallel import GradientTraffic, gradient_traffic
@@ -12,8 +14,6 @@ from megatron_ext.planner.layer import Microbatch, PassTimes, Seconds, plus, sta
 from megatron_ext.planner.program import Program
 from megatron_ext.planner.states import alike, layout_of, local_elements, shards, stage_parameters
 from megatron_ext.planner.timeline import StageTimes, Timeline, simulate
-
-_HALF = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +72,11 @@ def _not_hidden(message: float, work: float, program: Program) -> float:
     return message - hidden
 
 
-def microbatch_of(config: EngineConfig) -> Microbatch:
-    train_only = config.trainable.train_only
+def microbatch_of(config: EngineConfig, stage: StageSpec) -> Microbatch:
+    """What a stage computes at once."""
+    layers = StageSpec(stage.first, stage.last, has_embedding=False, has_head=False)
+    stored, trained = local_elements(config, stage_parameters(config, layers))
+    trains = config.trainable.trains
     return Microbatch(
         config.model,
         config.batch.micro_batch_size,
@@ -81,12 +84,17 @@ def microbatch_of(config: EngineConfig) -> Microbatch:
         config.parallel.tensor_model_parallel_size,
         config.parallel.sequence_parallel,
         config.recompute.recompute_granularity,
-        trains_layers=train_only not in ("embeddings", "new-rows", "lora"),
+        unfused=config.kernels.attention_backend == "math",
+        trained=trained / stored,
+        trains_head=trains(EMBEDDING if config.model.tied else HEAD),
+        trains_embedding=trains(EMBEDDING),
     )
 
 
 def step_time(config: EngineConfig, cluster: Cluster, program: Program) -> StepTime:
-    """config: validated for `cluster.gpus` ranks. Raises RequestError where the time depends on a host or a disk."""
+    """config: validated for `cluster.gpus` ranks. Raises RequestError where the time depends on what is not known."""
+    if config.precision.compute.itemsize != 2:
+        raise RequestError("the planner knows how fast devices are in half precision only: plan with --bf16 or --fp16")
     if config.zero.offload_optimizer is not None or config.zero.offload_param is not None:
         raise RequestError("--offload-optimizer, --offload-param: how fast hosts and disks are is not in the planner")
     layout = layout_of(config, cluster.gpus)
@@ -116,24 +124,23 @@ def least_time(config: EngineConfig, cluster: Cluster, program: Program) -> floa
     of_rank = _of_ranks(stages, layout)
     for rank, mine in enumerate(of_rank):
         least = max(least, waits + microbatches * sum(stage.whole for stage in mine))
-        # the first microbatch comes through the stages before, and the last gradient goes back through them
+        # The first microbatch comes through the stages before, and the last gradient goes back through them; where
+        # backward passes are split, weights' halves may fill the latter wait.
         stage = stages[rank]
         waits += stage.forward
-        if layout.schedule == "zero-bubble":  # weights' halves fill what they can of the latter
-            waits += max(0.0, stage.inputs - stage.weights)
-        elif layout.schedule in ("1f1b", "interleaved"):
+        if layout.schedule in ("1f1b", "interleaved"):
             waits += stage.inputs + stage.weights
     return least + sum(_once(config, of_rank, cluster, program))
 
 
 def _stages(config: EngineConfig, layout: StageLayout, cluster: Cluster, program: Program) -> list[_Stage]:
-    batch = microbatch_of(config)
     hand_over = cluster.gpu.measured.hand_over_us * 1e-6 if max(layout.rank_of) > 0 else 0.0
     kinds = [alike(config, stage) for stage in layout.stages]
     built = {}
     for kind in set(kinds):
         elements = local_elements(config, stage_parameters(config, kind))
         traffic = gradient_traffic(config, cluster, program, *elements)
+        batch = microbatch_of(config, kind)
         passes = stage_times(batch, kind.last - kind.first, kind.has_embedding, kind.has_head, cluster, program)
         built[kind] = _stage(passes, traffic, program, hand_over, elements[1])
     return [built[kind] for kind in kinds]
@@ -142,7 +149,7 @@ def _stages(config: EngineConfig, layout: StageLayout, cluster: Cluster, program
 def _send(config: EngineConfig, cluster: Cluster, program: Program) -> float:
     """Seconds that the hidden states of a microbatch travel to the next rank of the pipeline."""
     batch, tp = config.batch, config.parallel.tensor_model_parallel_size
-    payload = _HALF * batch.micro_batch_size * batch.seq_length * config.model.hidden_size
+    payload = config.precision.compute.itemsize * batch.micro_batch_size * batch.seq_length * config.model.hidden_size
     cut = config.parallel.sequence_parallel or program.sends_slices
     return cluster.send(payload / (tp if cut else 1))
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.engine import BatchConfig, EngineConfig
 from megatron_ext.errors import RequestError
-from megatron_ext.models import ModelConfig, preset
+from megatron_ext.models import ModelConfig, StageSpec, preset
 from megatron_ext.optim import PrecisionConfig
 from megatron_ext.planner.choices import Choice, choice_of, choices, configured
 from megatron_ext.planner.cluster import Cluster
@@ -21,6 +21,7 @@ from megatron_ext.planner.reasons import alternatives
 from megatron_ext.planner.search import Search
 from megatron_ext.planner.step import least_time, microbatch_of
 
+_LAYERS = StageSpec(0, 10, has_embedding=False, has_head=False)
 _A800 = gpu_named("a800-80g")
 _SHAPE = ModelConfig(num_layers=10, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, vocab_size=49953)
 
@@ -91,7 +92,7 @@ def test_layers_move_to_where_there_is_room() -> None:
 
 def test_what_other_decisions_would_cost(small: Search) -> None:
     best = small.fastest()[0]
-    found = alternatives(small, best)
+    found = alternatives(small, best, "throughput")
     chosen = choice_of(best.config)
     for aspect in ("tp", "pp", "zero", "micro_batch", "recompute"):
         values = {getattr(c, aspect) for c in small.choices}
@@ -136,8 +137,8 @@ def test_best_products() -> None:
 def test_a_layer_gets_no_cheaper_by_more_work(tp: int, size: int, recompute: str | None) -> None:
     config = configured(base(), Choice(tp, 1, tp > 1, 1, "none", 1, size, recompute))
     cluster = Cluster(_A800, 8)
-    times = layer_times(microbatch_of(config), cluster, MEGATRON_ZH)
-    larger = dataclasses.replace(microbatch_of(config), size=2 * size)
+    times = layer_times(microbatch_of(config, _LAYERS), cluster, MEGATRON_ZH)
+    larger = dataclasses.replace(microbatch_of(config, _LAYERS), size=2 * size)
     for one, two in zip(times, layer_times(larger, cluster, MEGATRON_ZH), strict=True):
         assert one.total <= two.total <= 2 * one.total * (1 + 1e-9)
     assert (times.again.total > 0) == (recompute is not None)

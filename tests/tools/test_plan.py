@@ -114,6 +114,28 @@ def test_the_least_memory(capsys: pytest.CaptureFixture[str]) -> None:
     fast, small = (planned(capsys, *_SMALL, *_ON, "--objective", o)["plans"] for o in ("throughput", "memory"))
     assert small[0]["memory_share"] < fast[0]["memory_share"]
     assert small[0]["step_seconds"] > fast[0]["step_seconds"]
+    plan(*_SMALL, *_ON, "--objective", "memory")
+    assert "why not TP 1: " in (shown := capsys.readouterr().out)
+    assert " GiB more at least" in shown
+    assert " slower" not in shown
+
+
+def test_a_script_for_fp16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """examples/model.sh computes in bf16, which is not everywhere."""
+    script = tmp_path / "v100.sh"
+    plan(*_SMALL, "--gpus", "8", "--gpu", "v100-32g", "--script", str(script))
+    assert "assumed: --fp16" in capsys.readouterr().out
+    assert "--no-bf16" in script.read_text()
+    assert "--fp16" in script.read_text()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "[]", '{"elapsed_ms": "x", "world_size": 8}', '{"elapsed_ms": NaN, "world_size": 8}', '{"elapsed_ms": 1}'],
+)
+def test_calibration_with_no_metrics(line: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text(line + "\n")
+    assert "not a metrics file of pretrain" in refused(capsys, *_SMALL, *_ON, "--calibrate", str(tmp_path / "m.jsonl"))
 
 
 def test_a_device_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,6 +198,20 @@ def test_calibration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
             [*_SMALL, "--gpus", "7", "--gpu", "h200", "--pipeline-model-parallel-size", "1"],
             "no layout of 7 GPUs can run",
         ),
+        ([*_SMALL, "--gpus", "12", "--gpu", "h200"], "--gpus 12 does not fill nodes of 8"),
+        ([*_SMALL, *_ON, "--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0: must be at least 1"),
+        ([*_SMALL, *_ON, "--micro-batch-size", "0"], "--micro-batch-size 0: must be at least 1"),
+        ([*_SMALL, *_ON, "--pipeline-layers", "4,5"], "no layout of 8 GPUs can run"),
+        ([*_SMALL, *_ON, "--no-bf16"], "in half precision only: plan with --bf16 or --fp16"),
+        ([*_SMALL, "--gpus", "8", "--gpu", "v100-32g", "--bf16"], "--bf16: v100-32g computes in fp16 only"),
+        ([*_SMALL, *_ON, "--load", "x"], "--load says nothing about a layout"),
+        ([*_SMALL, *_ON, "--dry-run"], "--dry-run says nothing about a layout"),
+        (
+            [*_SMALL, *_ON, "--layout", "mb=1", "--objective", "memory"],
+            "--objective memory has no effect with --layout",
+        ),
+        ([*_SMALL, *_ON, "--plot", "plan.xyz"], "--plot plan.xyz: must end in .png, .svg, .pdf"),
+        ([*_SMALL, *_ON, "--script", "."], "--script .: is a folder"),
         ([*_SMALL, *_ON, "--plot", "nowhere/p.png"], "--plot nowhere/p.png: its folder does not exist"),
         ([*_SMALL, *_ON, "--calibrate", "none.jsonl"], "--calibrate none.jsonl: not a metrics file"),
         ([*_SMALL, *_ON, "--offload-optimizer", "cpu"], "how fast hosts and disks are is not in the planner"),

@@ -23,8 +23,12 @@ def calibrated(cluster: Cluster, program: Program, metrics: str) -> tuple[Cluste
     run's run.yaml where pretrain puts it. Raises RequestError."""
     records = _read(metrics)
     measured = statistics.median(record["elapsed_ms"] for record in records[len(records) // 2 :]) / 1e3
-    ranks = int(records[-1]["world_size"])
-    config = resolve(read_yaml(_resolved_beside(metrics))).engine().validate(ranks)
+    ranks = records[-1]["world_size"]
+    place = _resolved_beside(metrics)
+    try:
+        config = resolve(read_yaml(place)).engine().validate(ranks)
+    except RequestError as error:
+        raise RequestError(f"--calibrate {metrics}: the run of {place} cannot be planned ({error})") from error
     then = dataclasses.replace(cluster, gpus=ranks)
 
     def predicted(factor: float) -> float:
@@ -58,11 +62,18 @@ def _read(metrics: str) -> list[dict[str, Any]]:
     try:
         lines = Path(metrics).read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines if line.strip()]
-        if not records or any(not {"elapsed_ms", "world_size"} <= record.keys() for record in records):
-            raise ValueError("it has no lines with elapsed_ms and world_size")
-    except (OSError, ValueError, AttributeError) as error:
+        if not records or not all(map(_is_measured, records)):
+            raise ValueError("not every line has elapsed_ms, a time, and world_size, a number of ranks")
+    except (OSError, ValueError) as error:
         raise RequestError(f"--calibrate {metrics}: not a metrics file of pretrain ({error})") from error
     return records
+
+
+def _is_measured(record: Any) -> bool:
+    if not isinstance(record, dict):
+        return False
+    time, ranks = record.get("elapsed_ms"), record.get("world_size")
+    return isinstance(time, (int, float)) and 0 < time < float("inf") and isinstance(ranks, int) and ranks > 0
 
 
 def _resolved_beside(metrics: str) -> Path:

@@ -106,7 +106,7 @@ def explanation(plan: Plan, memory_share: float) -> list[str]:
 _NAMES = {"tp": "TP", "pp": "PP", "zero": "ZeRO-", "micro_batch": "microbatch", "recompute": "recompute"}
 
 
-def why_not(best: Plan, alternative: Alternative) -> str:
+def why_not(best: Plan, alternative: Alternative, objective: str) -> str:
     """One line: what this other decision would cost at its best."""
     name = _NAMES.get(alternative.aspect, "")
     value = alternative.value or "none"
@@ -114,6 +114,8 @@ def why_not(best: Plan, alternative: Alternative) -> str:
     other = alternative.plan
     if not alternative.fits:
         return head + f"does not fit; the least is {other.fullest / _GIB:.1f} GiB ({_short(other)})"
+    if objective == "memory":
+        return head + f"{(other.fullest - best.fullest) / _GIB:.1f} GiB more at least ({_short(other)})"
     slower = other.step.seconds / best.step.seconds - 1
     reasons = ", ".join(f"{part} +{share:.1%}" for part, share in costs(best, other)[:3])
     return head + f"{slower:.1%} slower at best ({_short(other)})" + (f": {reasons}" if reasons else "")

@@ -24,6 +24,8 @@ _FIELDS = {  # of planner.choices.Choice, and the flags that settle them
     "recompute_granularity": "recompute",
     "sequence_parallel": "sequence_parallel",
 }
+_LAYOUT = (*_FIELDS, "pipeline_layers", "zero_shard_size")  # in a file these are no decisions
+_OF_A_RUN = ("data_path", "load", "save", "save_interval", "metrics", "dry_run", "world_size")
 _SHORT = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -55,17 +57,24 @@ class Planned:
 def read_run(arguments: list[str], layout: str | None, gpu: Gpu) -> Planned:
     """arguments: what the planner's own parser left. Raises RequestError."""
     file, given = read_settings(arguments)
-    assumed = []
-    if layout is not None and layout != "given":
+    for name in given:
+        if name in _OF_A_RUN:
+            raise RequestError(f"--{name.replace('_', '-')} says nothing about a layout: leave it to pretrain")
+    if layout is None:
+        file = {name: value for name, value in file.items() if name not in _LAYOUT}
+    elif layout != "given":
         given |= _read_layout(layout)
     settings = file | given
-    if not any(settings.get(name) for name in ("bf16", "fp16")) and settings.get("params_dtype") is None:
-        name = "fp16" if gpu.name.startswith("v100") else "bf16"
+    assumed = []
+    if not any(name in settings for name in ("bf16", "fp16", "params_dtype")):
+        name = "bf16" if gpu.has_bf16 else "fp16"
         settings[name] = True
         assumed.append(f"--{name}")
     base = resolve(settings).engine()
     if settings.get("global_batch_size") is None:
         raise RequestError("--global-batch-size is required: the sequences of one step, which a layout is planned for")
+    if base.precision.bf16 and not gpu.has_bf16:
+        raise RequestError(f"--bf16: {gpu.name} computes in fp16 only: give --fp16")
     _without_layout(base).validate(1)
     allowed = {_FIELDS[name]: (_read(name, value),) for name, value in given.items() if name in _FIELDS}
     return Planned(base, allowed, settings, assumed)
@@ -105,7 +114,10 @@ def _read_layout(text: str) -> dict[str, Any]:
 
 
 def _read(name: str, value: Any) -> Any:
-    return all_flags()[name].read(value)
+    found = all_flags()[name].read(value)
+    if isinstance(found, int) and not isinstance(found, bool) and found < 1 and name != "zero_stage":
+        raise RequestError(f"--{name.replace('_', '-')} {found}: must be at least 1")
+    return found
 
 
 def read_cluster(options: argparse.Namespace) -> Cluster:
@@ -123,6 +135,10 @@ def read_cluster(options: argparse.Namespace) -> Cluster:
         value = getattr(options, flag)
         if value is not None and not 0 < value < float("inf"):
             raise RequestError(f"--{flag.replace('_', '-')} {value}: must be above 0")
+    if options.gpus > options.gpus_per_node and options.gpus % options.gpus_per_node:
+        raise RequestError(
+            f"--gpus {options.gpus} does not fill nodes of {options.gpus_per_node}: give whole ones, or --gpus-per-node"
+        )
     said = {
         "peak_tflops": options.peak_tflops,
         "memory_gib": options.memory_gb,

@@ -43,7 +43,7 @@ def launch_script(plan: Plan, settings: dict[str, Any], title: str) -> str:
         for name, value in settings.items()
         if value is not None and name not in decided and name not in _OF_A_RUN
     ]
-    if settings.get("fp16"):
+    if not config.precision.bf16:
         flags.append(["--no-bf16"])  # examples/model.sh's choice
     flags += layout_flags(config, without=[*_VARIABLES, "sequence_parallel"])
     if config.parallel.tensor_model_parallel_size > 1 and not config.parallel.sequence_parallel:
