@@ -1,6 +1,7 @@
 """What every program in this room does alike: a parser with one-line errors, and exit code 2 for a wrong request."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,12 @@ class Parser(argparse.ArgumentParser):
 def run(parser: Parser, work: Callable[[argparse.Namespace], int], arguments: Sequence[str] | None) -> int:
     """Parse and work; gives the exit code: what `work` returns, or 2 after one line that says what is wrong."""
     try:
-        return work(parser.parse_args(arguments))
+        code = work(parser.parse_args(arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read has seen enough (| head); python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except RequestError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

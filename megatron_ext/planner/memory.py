@@ -33,6 +33,8 @@ from megatron_ext.planner.states import (
     stage_parameters,
 )
 
+_ROUNDS = 3  # two are enough (the tests compare)
+
 
 @dataclasses.dataclass(frozen=True)
 class RankMemory:
@@ -75,7 +77,7 @@ def pipeline_memory(config: EngineConfig, world_size: int, device_type: str = "c
     of_stages, points_of_stages = [saved[kind] for kind in kinds], [points[kind] for kind in kinds]
     standing: dict[tuple[StageSpec, ...], tuple[ModelStates, float]] = {}
     found = []
-    for rank, passed in enumerate(_moments(layout.schedule, layout.rank_of, microbatches)):
+    for rank, passed in enumerate(rank_moments(layout.schedule, layout.rank_of, microbatches)):
         mine = tuple(kinds[index] for index in layout.on_rank(rank))
         if mine not in standing:
             states = fullest_states(config, world_size, rank)
@@ -137,10 +139,21 @@ def _largest(alike: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return largest
 
 
+def _enough(schedule: str, pp: int, microbatches: int) -> int:
+    """As many as it takes to see the most that is kept: schedules go in rounds, and after some all are alike."""
+    rounds = max(1, microbatches // pp)
+    if schedule == "gpipe" or rounds <= _ROUNDS:
+        return microbatches
+    if schedule in ("interleaved", "zero-bubble"):
+        return _ROUNDS * (microbatches // rounds)
+    return _ROUNDS * pp + microbatches % pp
+
+
 @functools.lru_cache(maxsize=4096)
-def _moments(schedule: str, rank_of: tuple[int, ...], microbatches: int) -> tuple[list[Moment], ...]:
+def rank_moments(schedule: str, rank_of: tuple[int, ...], microbatches: int) -> tuple[list[Moment], ...]:
     """By pipeline rank; which layers stand where does not matter."""
     layout = StageLayout(schedule, (StageSpec(0, 0, False, False),) * len(rank_of), rank_of)
+    microbatches = _enough(schedule, max(rank_of) + 1, microbatches)
     return tuple(map(moments, action_lists(layout, microbatches)))
 
 

@@ -1,5 +1,7 @@
 """Predicted memory against what ranks really hold."""
 
+import dataclasses
+import itertools
 import weakref
 from typing import Any
 from unittest import mock
@@ -15,7 +17,7 @@ from megatron_ext.pipeline import plan_stages
 from megatron_ext.pipeline.actions import Action, action_lists
 from megatron_ext.pipeline.stage import Stage
 from megatron_ext.planner.activations import saved_bytes
-from megatron_ext.planner.memory import pipeline_memory
+from megatron_ext.planner.memory import moments, pipeline_memory, rank_moments
 from megatron_ext.planner.states import rank_states
 from tests.distributed import Pool
 from tests.megatron_ext.live import Watch
@@ -136,6 +138,23 @@ def test_what_microbatches_keep(pool: Pool, ranks: int) -> None:
             message = saved_bytes(config, StageSpec(0, 1, True, False)).message
             print(f"{ranks} ranks, rank {rank}: {kept / measured:.4f}, {(measured - kept) / message:.2f} {options}")
             assert 0.95 * kept < measured < 1.05 * kept + 2 * message, (rank, options)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "chunks"), [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zero-bubble", 2), ("zbv", 2)]
+)
+def test_a_few_rounds_show_what_is_kept(schedule: str, chunks: int) -> None:
+    """Of a long step the planner looks at the first rounds only."""
+    for pp, more in itertools.product((2, 4, 5), (0, 1)):
+        options = {"pipeline_schedule": schedule, "pipeline_model_parallel_size": pp, "num_layers": pp * chunks}
+        many = 12 * pp + (more if schedule in ("1f1b", "zbv") else 0)
+        config = tiny(**{**SHAPE, **options, "global_batch_size": many, "micro_batch_size": 1}).validate(pp)
+        layout = plan_stages(config.pipeline, config.model, pp, many)
+        if chunks != len(layout.stages) // pp:
+            pipeline = dataclasses.replace(config.pipeline, num_virtual_stages_per_pipeline_rank=chunks)
+            layout = plan_stages(pipeline, config.model, pp, many)
+        whole = [set(moments(actions)) for actions in action_lists(layout, many)]
+        assert [set(of_rank) for of_rank in rank_moments(layout.schedule, layout.rank_of, many)] == whole
 
 
 def kept_by_passes(config: EngineConfig, pp_rank: int) -> list[tuple[Action, float]]:
