@@ -9,6 +9,7 @@ predicts memory and step time of each, and explains the best that fit. Beside th
 """
 
 import argparse
+import difflib
 import gc
 import json
 import os
@@ -24,6 +25,7 @@ from megatron_ext.planner.plan import Plan
 from megatron_ext.planner.program import MEGATRON_ZH, program_named, program_names
 from megatron_ext.planner.reasons import alternatives
 from megatron_ext.planner.search import SAFE_SHARE, Search
+from pretrain.flags import all_flags
 from tools.command import Parser, run
 from tools.planning.calibrate import calibrated
 from tools.planning.picture import check_picture, draw_plan
@@ -39,6 +41,12 @@ class _PlanParser(Parser):
 
     def parse_args(self, arguments=None, namespace=None):  # type: ignore[no-untyped-def,override]
         options, options.rest = self.parse_known_args(arguments, namespace)
+        known = {flag.spelled for flag in all_flags().values()}
+        for word in options.rest:
+            spelled = word.split("=", 1)[0]
+            close = difflib.get_close_matches(spelled, self._option_string_actions, n=1, cutoff=0.8)
+            if spelled.startswith("--") and spelled not in known and close:
+                raise RequestError(f"{spelled}: unknown flag; did you mean {close[0]}?")
         return options
 
 

@@ -13,6 +13,7 @@ from megatron_ext.planner.cluster import Cluster
 from megatron_ext.planner.gpus import Gpu, gpu_named
 from megatron_ext.zero import ZeroConfig
 from pretrain.flags import all_flags, read_settings, resolve
+from tools.planning.script import LAYOUT_GROUPS
 
 _FIELDS = {  # of planner.choices.Choice, and the flags that settle them
     "tensor_model_parallel_size": "tp",
@@ -39,8 +40,8 @@ _SHORT = {
 }
 LAYOUT_HELP = (
     "predict this layout instead of searching: tp=4,pp=3,zero=1,mb=2,schedule=interleaved,chunks=2,recompute=full,"
-    "sp=true,layers=22/21/21 or any flag's name; what is not named is pretrain's default. As the flags and --config "
-    "have it: --layout given"
+    "sp=true,layers=22/21/21, or other flags of the layout by name; what is not named is pretrain's default. Alone, "
+    "--layout given: as the flags and --config have it"
 )
 
 
@@ -97,10 +98,13 @@ def _read_layout(text: str) -> dict[str, Any]:
     for part in text.split(","):
         key, equals, value = part.partition("=")
         name = _SHORT.get(key.strip(), key.strip().replace("-", "_"))
-        if not equals or name not in flags:
+        if not equals or name not in flags or flags[name].group not in LAYOUT_GROUPS:
             raise RequestError(
-                f"--layout {text}: {part!r} is not KEY=VALUE with one of {', '.join(_SHORT)}, or a flag's name"
+                f"--layout {text}: {part!r} is not KEY=VALUE with one of {', '.join(_SHORT)}, or the name of another "
+                "flag of the layout"
             )
+        if name in found:
+            raise RequestError(f"--layout {text}: names {key.strip()} twice")
         value = value.strip()
         if flags[name].kind is bool:
             if value not in ("true", "false"):

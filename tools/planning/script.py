@@ -9,7 +9,7 @@ from typing import Any
 from megatron_ext.engine import EngineConfig
 from megatron_ext.planner.plan import Plan
 
-_LAYOUT = ("batch", "parallel", "pipeline", "zero", "recompute")
+LAYOUT_GROUPS = ("batch", "parallel", "pipeline", "zero", "recompute")
 _GIVEN = ("global_batch_size", "seq_length")  # of these groups, but no layout's to decide
 _VARIABLES = {  # of examples/model.sh, which makes flags of them
     "tensor_model_parallel_size": "TP",
@@ -24,7 +24,7 @@ _OF_A_RUN = ("data_path", "tokenizer_model", "load", "save", "save_interval", "m
 def layout_flags(config: EngineConfig, without: Collection[str] = ()) -> list[list[str]]:
     """A flag and its value for whatever differs from pretrain's defaults; degrees, microbatch and ZeRO always."""
     flags = []
-    for group in _LAYOUT:
+    for group in LAYOUT_GROUPS:
         part = getattr(config, group)
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
@@ -37,7 +37,9 @@ def layout_flags(config: EngineConfig, without: Collection[str] = ()) -> list[li
 def launch_script(plan: Plan, settings: dict[str, Any], title: str) -> str:
     """A script like those in examples/. settings: what was asked for by field name, from which all else is taken."""
     config, cluster = plan.config, plan.cluster
-    decided = {field.name for group in _LAYOUT for field in dataclasses.fields(getattr(config, group))} - {*_GIVEN}
+    decided = {field.name for group in LAYOUT_GROUPS for field in dataclasses.fields(getattr(config, group))} - {
+        *_GIVEN
+    }
     flags = [
         _spell(name, value)
         for name, value in settings.items()
