@@ -29,7 +29,7 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], int], arguments: Se
     """Parse and work; gives the exit code: what `work` returns, or 2 after one line that says what is wrong."""
     try:
         code = work(parser.parse_args(arguments))
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except BrokenPipeError:  # whoever read has seen enough (| head); python would complain once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
