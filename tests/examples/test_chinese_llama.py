@@ -142,6 +142,7 @@ def test_both_stages(folder: Path) -> None:
     assert_transformers_loads(out)
 
 
+@pytest.mark.slow
 def test_new_rows_alone_and_the_whole_model_without_a_first_stage(folder: Path) -> None:
     out = folder / "expanded"
     expanded = weights(out / "0-expanded")

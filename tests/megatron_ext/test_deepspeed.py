@@ -85,7 +85,7 @@ def test_layout_equals_one_process(pool: Pool, reference: Reference, name: str) 
 @pytest.mark.parametrize(
     "options",
     [
-        {"pp": 2, "dp": 2, "num_layers": 5, "pipeline_layers": (4, 1)},
+        pytest.param({"pp": 2, "dp": 2, "num_layers": 5, "pipeline_layers": (4, 1)}, marks=pytest.mark.slow),
         {"pp": 2, "dp": 2, "num_layers": 5, "pipeline_layers": (4, 1), **CPU},
         {"tp": 2, "dp": 2, "sp": True, "recompute_granularity": "full"},
     ],
@@ -122,6 +122,7 @@ def second_copies(config: EngineConfig) -> bool:
     return any(copy is not None and copy.numel() == numel // 2 for copy, numel in copies)
 
 
+@pytest.mark.slow
 def test_secondary_partition_of_zero_plus_plus(pool: Pool, reference: Reference, tmp_path: Path) -> None:
     """hpZ (arXiv 2306.10209): weights for backward are gathered within groups of two."""
     file = tmp_path / "ds.json"
