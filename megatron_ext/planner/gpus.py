@@ -35,7 +35,7 @@ class Gpu:
     link_gb_s: float  # to the other GPUs of its node
     network_gb_s: float  # to other nodes
     multiprocessors: int
-    reported_as: tuple[str, ...]  # parts of the driver's name of the device; the longest part in the table that a name has tells
+    reported_as: tuple[str, ...]  # parts of the driver's name of a device; of the table the longest one in it tells
     measured: Measured
     has_bf16: bool = True
 
