@@ -164,15 +164,18 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     return resolve(file | given)
 
 
-def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings by field name, of --config's file and of the command line, not yet resolved. Raises RequestError."""
-    _refuse_unknown(arguments)
+def read_settings(arguments: Sequence[str], also: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings by field name, of --config's file and of the command line, not yet resolved. Raises RequestError.
+
+    also: flags that the caller has taken out already, for one that is misspelled is still there.
+    """
+    _refuse_unknown(arguments, also)
     given = vars(build_parser().parse_args(arguments))
     file = given.pop("config", None)
     return ({} if file is None else read_yaml(file)), given
 
 
-def _refuse_unknown(arguments: Sequence[str]) -> None:
+def _refuse_unknown(arguments: Sequence[str], also: Sequence[str]) -> None:
     known = set(build_parser()._option_string_actions)
     for word in arguments:
         spelled = word.split("=", 1)[0]
@@ -181,7 +184,7 @@ def _refuse_unknown(arguments: Sequence[str]) -> None:
         name = spelled[2:]
         if name in ADVICE:
             raise RequestError(f"{spelled}: {ADVICE[name]}")
-        close = difflib.get_close_matches(spelled, known, n=1, cutoff=0.75)
+        close = difflib.get_close_matches(spelled, {*known, *also}, n=1, cutoff=0.75)
         raise RequestError(
             f"{spelled}: unknown flag" + (f"; did you mean {close[0]}?" if close else "; see python -m pretrain --help")
         )

@@ -9,7 +9,6 @@ predicts memory and step time of each, and explains the best that fit. Beside th
 """
 
 import argparse
-import difflib
 import gc
 import json
 import os
@@ -25,10 +24,10 @@ from megatron_ext.planner.plan import Plan
 from megatron_ext.planner.program import MEGATRON_ZH, program_named, program_names
 from megatron_ext.planner.reasons import alternatives
 from megatron_ext.planner.search import SAFE_SHARE, Search
-from pretrain.flags import all_flags
 from tools.command import Parser, run
+from tools.picture import check_picture
 from tools.planning.calibrate import calibrated
-from tools.planning.picture import check_picture, draw_plan
+from tools.planning.picture import draw_plan
 from tools.planning.report import as_json, explanation, introduction, table, verdict, why_not
 from tools.planning.request import LAYOUT_HELP, Planned, read_cluster, read_run
 from tools.planning.script import launch_script, layout_flags
@@ -37,16 +36,11 @@ _SHOWN = 5
 
 
 class _PlanParser(Parser):
-    """Leaves what it does not know, in `rest`, to pretrain's flags."""
+    """Leaves what it does not know, in `rest`, to pretrain's flags; `own` are those that it does know."""
 
     def parse_args(self, arguments=None, namespace=None):  # type: ignore[no-untyped-def,override]
         options, options.rest = self.parse_known_args(arguments, namespace)
-        known = {flag.spelled for flag in all_flags().values()}
-        for word in options.rest:
-            spelled = word.split("=", 1)[0]
-            close = difflib.get_close_matches(spelled, self._option_string_actions, n=1, cutoff=0.8)
-            if spelled.startswith("--") and spelled not in known and close:
-                raise RequestError(f"{spelled}: unknown flag; did you mean {close[0]}?")
+        options.own = list(self._option_string_actions)
         return options
 
 
@@ -101,7 +95,7 @@ def work(options: argparse.Namespace) -> int:
     if options.layout is not None and options.objective != "throughput":
         raise RequestError(f"--objective {options.objective} has no effect with --layout: there is nothing to choose")
     cluster, program, notes = read_cluster(options), program_named(options.program), []
-    planned = read_run(options.rest, options.layout, cluster.gpu)
+    planned = read_run(options, cluster.gpu)
     if planned.assumed:
         notes.append(f"assumed: {', '.join(planned.assumed)}")
     if options.calibrate is not None:

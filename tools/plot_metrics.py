@@ -1,26 +1,15 @@
 """`python -m tools.plot_metrics`: the curves of one or several runs, from their metrics files, as a picture."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import RequestError
 from tools.command import Parser, run
+from tools.metrics_file import read_metrics
 
 _PANELS = (("lm_loss", "lm loss"), ("grad_norm", "gradient norm"), ("learning_rate", "learning rate"))
-
-
-def read_metrics(path: str) -> list[dict[str, Any]]:
-    """Records of one metrics file. Raises RequestError where it is no such file."""
-    try:
-        records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not records or any("iteration" not in record for record in records):
-            raise ValueError("no iterations in it")
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--metrics {path}: not a metrics file ({error})") from error
-    return records
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], output: str, marks: list[int]) -> None:
@@ -57,7 +46,7 @@ def build_parser() -> Parser:
 
 
 def work(options: argparse.Namespace) -> int:
-    runs = {Path(path).stem: read_metrics(path) for path in options.metrics}
+    runs = {Path(path).stem: read_metrics(path, "--metrics") for path in options.metrics}
     try:
         draw(runs, options.output, options.mark)
     except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from benchmarks.published.picture import draw
 from benchmarks.published.runs import Run, published_runs, vtrain_runs
 from megatron_ext.errors import RequestError
 from tokenizer.tables import markdown_table, text_table
+from tools.picture import check_picture
 
 _HEAD = (
     "model",
@@ -69,6 +70,8 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def work(options: argparse.Namespace) -> None:
+    if options.plot is not None:
+        check_picture(options.plot)
     runs = published_runs()
     for file in options.vtrain:
         runs += vtrain_runs(file)

@@ -30,10 +30,11 @@ from tqdm import tqdm
 
 from benchmarks.zero.contenders import DDP, Contender, Task, contenders
 from benchmarks.zero.live import live_memory
-from benchmarks.zero.report import check_plot, draw, heading, report
+from benchmarks.zero.report import draw, heading, report
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import init_distributed
 from megatron_ext.models import preset_names
+from tools.picture import check_picture
 
 _SETTLE = 2  # steps before anything is measured: DDP forms its buckets anew in the second
 _LOSS, _NORM = 1e-4, 1e-2  # relative differences that precision explains
@@ -119,7 +120,7 @@ def work(options: argparse.Namespace, device: torch.device) -> None:
         if file is not None and not Path(file).absolute().parent.is_dir():
             raise RequestError(f"--{flag} {file}: no such folder")
     if options.plot is not None:
-        check_plot(options.plot)
+        check_picture(options.plot)
     for name in ("rounds", "microbatches"):
         if getattr(options, name) < 1:
             raise RequestError(f"--{name} {getattr(options, name)}: must be at least 1")

@@ -1,13 +1,10 @@
 """The figures as a table and as a picture. A row is what `benchmarks.zero.__main__.measure` makes of a contender."""
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.zero.contenders import Task
-from megatron_ext.errors import RequestError
 from megatron_ext.models.count import parameters
 
 _SIZES = ("weights", "gradients", "optimizer", "peak")  # keys of a row, in bytes
@@ -32,13 +29,6 @@ def report(rows: list[dict[str, Any]]) -> None:
         times = f"{row['seconds'] * 1e3:8.1f}{row['ratio']:7.2f}  {low:.2f} - {high:.2f}"
         sizes = "".join(f"{row[key] / 2**20:11.1f}" for key in _SIZES)
         print(f"{row['name']:30s}{times}{sizes}{row['peak'] / rows[0]['peak']:11.2f}")
-
-
-def check_plot(file: str) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError(f"--plot {file}: matplotlib is not installed: pip install matplotlib")
-    if Path(file).suffix not in (".png", ".svg", ".pdf"):
-        raise RequestError(f"--plot {file}: must end in .png, .svg or .pdf")
 
 
 def draw(rows: list[dict[str, Any]], title: str, output: str) -> None:

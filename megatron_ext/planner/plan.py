@@ -4,9 +4,11 @@ import dataclasses
 import functools
 
 from megatron_ext.engine import EngineConfig
+from megatron_ext.pipeline import StageLayout
 from megatron_ext.planner.cluster import Cluster
 from megatron_ext.planner.memory import RankMemory, pipeline_memory
 from megatron_ext.planner.program import Program
+from megatron_ext.planner.states import layout_of
 from megatron_ext.planner.step import StepTime, step_time
 
 
@@ -17,6 +19,11 @@ class Plan:
     config: EngineConfig
     cluster: Cluster
     program: Program
+
+    @functools.cached_property
+    def layout(self) -> StageLayout:
+        """Which layers stand where."""
+        return layout_of(self.config, self.cluster.gpus)
 
     @functools.cached_property
     def memory(self) -> list[RankMemory]:

@@ -7,11 +7,10 @@ found.
 
 import dataclasses
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from megatron_ext.engine import EngineConfig
-from megatron_ext.pipeline import plan_stages
 from megatron_ext.planner.choices import Choice, choices, configured
 from megatron_ext.planner.cluster import Cluster
 from megatron_ext.planner.plan import Plan
@@ -118,10 +117,9 @@ class Search:
     def _moved(self, plan: Plan) -> Plan | None:
         """A layer moved from the rank that is too full, or else takes longest, to the one that is farthest from it."""
         config = plan.config
-        pp, dp = config.parallel.pipeline_model_parallel_size, config.parallel.data_parallel_size(self.cluster.gpus)
-        layout = plan_stages(config.pipeline, config.model, pp, config.batch.microbatches(dp))
-        loads: Iterable[float] = plan.step.timeline.busy if self.fits(plan) else [rank.total for rank in plan.memory]
-        order = sorted(range(pp), key=list(loads).__getitem__)
+        layout = plan.layout
+        loads = list(plan.step.timeline.busy) if self.fits(plan) else [rank.total for rank in plan.memory]
+        order = sorted(range(len(loads)), key=loads.__getitem__)
         counts = [stage.last - stage.first for stage in layout.stages]
         giver = max(layout.on_rank(order[-1]), key=counts.__getitem__)
         taker = min(layout.on_rank(order[0]), key=counts.__getitem__)

@@ -131,7 +131,14 @@ def test_a_script_for_fp16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize(
     "line",
-    ["", "[]", '{"elapsed_ms": "x", "world_size": 8}', '{"elapsed_ms": NaN, "world_size": 8}', '{"elapsed_ms": 1}'],
+    [
+        "",
+        "[]",
+        "5",
+        '{"iteration": 1, "elapsed_ms": "x", "world_size": 8}',
+        '{"iteration": 1, "elapsed_ms": NaN, "world_size": 8}',
+        '{"iteration": 1, "elapsed_ms": 1}',
+    ],
 )
 def test_calibration_with_no_metrics(line: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text(line + "\n")
@@ -214,7 +221,7 @@ def test_calibration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
             [*_SMALL, *_ON, "--layout", "mb=1", "--objective", "memory"],
             "--objective memory has no effect with --layout",
         ),
-        ([*_SMALL, *_ON, "--plot", "plan.xyz"], "--plot plan.xyz: must end in .png, .svg, .pdf"),
+        ([*_SMALL, *_ON, "--plot", "plan.xyz"], "--plot plan.xyz: must end in .png, .svg or .pdf"),
         ([*_SMALL, *_ON, "--script", "."], "--script .: is a folder"),
         ([*_SMALL, *_ON, "--plot", "nowhere/p.png"], "--plot nowhere/p.png: its folder does not exist"),
         ([*_SMALL, *_ON, "--calibrate", "none.jsonl"], "--calibrate none.jsonl: not a metrics file"),

@@ -4,7 +4,6 @@ One factor, for a run has one step time: on what matrix products, attention and 
 """
 
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from megatron_ext.planner.cluster import Cluster
 from megatron_ext.planner.program import Program
 from megatron_ext.planner.step import step_time
 from pretrain.flags import read_yaml, resolve
+from tools.metrics_file import read_metrics
 
 _SLOWEST, _FASTEST = 1e-3, 1e3
 
@@ -21,7 +21,12 @@ _SLOWEST, _FASTEST = 1e-3, 1e3
 def calibrated(cluster: Cluster, program: Program, metrics: str) -> tuple[Cluster, str]:
     """The cluster with the factor in, and a line that says what it is. metrics: pretrain --metrics FILE, with the
     run's run.yaml where pretrain puts it. Raises RequestError."""
-    records = _read(metrics)
+    records = read_metrics(metrics, "--calibrate")
+    if not all(map(_is_measured, records)):
+        raise RequestError(
+            f"--calibrate {metrics}: not a metrics file of pretrain (not every line has elapsed_ms, a time, and "
+            "world_size, a number of ranks)"
+        )
     measured = statistics.median(record["elapsed_ms"] for record in records[len(records) // 2 :]) / 1e3
     ranks = records[-1]["world_size"]
     place = _resolved_beside(metrics)
@@ -58,20 +63,7 @@ def _faster(cluster: Cluster, factor: float) -> Cluster:
     return dataclasses.replace(cluster, gpu=gpu)
 
 
-def _read(metrics: str) -> list[dict[str, Any]]:
-    try:
-        lines = Path(metrics).read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines if line.strip()]
-        if not records or not all(map(_is_measured, records)):
-            raise ValueError("not every line has elapsed_ms, a time, and world_size, a number of ranks")
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--calibrate {metrics}: not a metrics file of pretrain ({error})") from error
-    return records
-
-
-def _is_measured(record: Any) -> bool:
-    if not isinstance(record, dict):
-        return False
+def _is_measured(record: dict[str, Any]) -> bool:
     time, ranks = record.get("elapsed_ms"), record.get("world_size")
     return isinstance(time, (int, float)) and 0 < time < float("inf") and isinstance(ranks, int) and ranks > 0
 

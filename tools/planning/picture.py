@@ -1,26 +1,11 @@
 """A plan as a picture: memory by pipeline rank against what a GPU has, above the timeline of a step."""
 
-import importlib.util
-from pathlib import Path
-
 from megatron_ext.errors import RequestError
 from megatron_ext.planner.plan import Plan
-from tools.planning.report import layout_of
 from tools.planning.timeline_picture import draw_timeline
 
 _GIB = 2**30
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#D55E00", "#999999")
-
-
-_FORMATS = (".png", ".svg", ".pdf")
-
-
-def check_picture(output: str) -> None:
-    """Raise RequestError where `draw_plan` could not write this file."""
-    if Path(output).suffix not in _FORMATS:
-        raise RequestError(f"--plot {output}: must end in {', '.join(_FORMATS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError(f"--plot {output}: matplotlib is not installed: pip install matplotlib")
 
 
 def draw_plan(plan: Plan, memory_share: float, title: str, output: str) -> None:
@@ -39,7 +24,7 @@ def draw_plan(plan: Plan, memory_share: float, title: str, output: str) -> None:
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     _draw_memory(plan, memory_share, memory)
     if piped:
-        draw_timeline(plan.step.timeline, layout_of(plan), timeline[0])
+        draw_timeline(plan.step.timeline, plan.layout, timeline[0])
     try:
         figure.savefig(output, dpi=130)
     except (OSError, ValueError) as error:

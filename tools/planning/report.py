@@ -5,7 +5,6 @@ from typing import Any
 
 from megatron_ext.engine import EngineConfig
 from megatron_ext.models.count import parameters
-from megatron_ext.pipeline import plan_stages
 from megatron_ext.planner.cluster import Cluster
 from megatron_ext.planner.plan import Plan
 from megatron_ext.planner.reasons import Alternative, costs
@@ -35,7 +34,7 @@ def table(plans: list[Plan]) -> str:
 
 def _cells(plan: Plan) -> list[str]:
     """The layout."""
-    config, parallel, layout = plan.config, plan.config.parallel, layout_of(plan)
+    config, parallel, layout = plan.config, plan.config.parallel, plan.layout
     return [
         str(parallel.tensor_model_parallel_size) + ("+SP" if parallel.sequence_parallel else ""),
         str(parallel.pipeline_model_parallel_size),
@@ -70,13 +69,6 @@ def _layers(counts: list[int]) -> str:
     return ",".join(str(layers) if times == 1 else f"{times}x{layers}" for times, layers in parts)
 
 
-def layout_of(plan: Plan) -> Any:
-    parallel = plan.config.parallel
-    dp = parallel.data_parallel_size(plan.cluster.gpus)
-    pp = parallel.pipeline_model_parallel_size
-    return plan_stages(plan.config.pipeline, plan.config.model, pp, plan.config.batch.microbatches(dp))
-
-
 def verdict(plan: Plan, memory_share: float) -> str:
     used = f"{plan.fullest / _GIB:.1f} of {plan.cluster.gpu.memory_gib:g} GiB ({plan.memory_share:.0%})"
     if plan.memory_share <= memory_share:
@@ -95,9 +87,7 @@ def explanation(plan: Plan, memory_share: float) -> list[str]:
     for rank, memory in enumerate(plan.memory):
         parts = [memory.states.weights, memory.states.gradients, memory.states.optimizer]
         parts += [memory.working, memory.activations, memory.head, memory.buffers, memory.total]
-        rows.append(
-            [str(rank), ", ".join(map(str, layout_of(plan).on_rank(rank))), *(f"{p / _GIB:.2f}" for p in parts)]
-        )
+        rows.append([str(rank), ", ".join(map(str, plan.layout.on_rank(rank))), *(f"{p / _GIB:.2f}" for p in parts)])
     head = ["pipeline rank", "stages", "weights", "gradients", "optimizer", "within a step", "activations", "logits"]
     lines.append("GiB on the fullest rank of each pipeline rank:")
     return [*lines, text_table([*head, "buffers", "total"], rows)]
@@ -129,7 +119,7 @@ def _short(plan: Plan) -> str:
 def as_json(plan: Plan, memory_share: float) -> dict[str, Any]:
     """Bytes and seconds; flags as for `python -m pretrain`."""
     config = plan.config
-    layout = layout_of(plan)
+    layout = plan.layout
     return {
         "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,

@@ -55,9 +55,10 @@ class Planned:
     assumed: list[str]  # what was not asked for, in words
 
 
-def read_run(arguments: list[str], layout: str | None, gpu: Gpu) -> Planned:
-    """arguments: what the planner's own parser left. Raises RequestError."""
-    file, given = read_settings(arguments)
+def read_run(options: argparse.Namespace, gpu: Gpu) -> Planned:
+    """options: with what the planner's own parser left in `rest`. Raises RequestError."""
+    layout = options.layout
+    file, given = read_settings(options.rest, options.own)
     for name in given:
         if name in _OF_A_RUN:
             raise RequestError(f"--{name.replace('_', '-')} says nothing about a layout: leave it to pretrain")
