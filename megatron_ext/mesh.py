@@ -8,6 +8,7 @@ the ranks that talk most share a node (Narayanan et al., arXiv 2104.04473, secti
 
 import dataclasses
 import datetime
+import functools
 import os
 
 import torch
@@ -67,11 +68,16 @@ class ProcessGrid:
     mesh: DeviceMesh
     device: torch.device
 
+    @functools.cached_property
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """Size of every axis and this rank's place on it. (A sub-mesh is made anew whenever it is asked for.)"""
+        return {axis: (self.mesh[axis].size(), self.mesh[axis].get_local_rank()) for axis in AXES}
+
     def size(self, axis: str) -> int:
-        return self.mesh[axis].size()
+        return self._places[axis][0]
 
     def rank(self, axis: str) -> int:
-        return self.mesh[axis].get_local_rank()
+        return self._places[axis][1]
 
     @property
     def world_size(self) -> int:

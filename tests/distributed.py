@@ -52,8 +52,14 @@ class Pool:
     @classmethod
     def start(cls) -> "Pool":
         context = multiprocessing.get_context("forkserver")
-        # an import that fails is passed over: DeepSpeed may not be there
-        context.set_forkserver_preload(["pretrain.train", "pretrain.data.samples", "tests.distributed", "deepspeed"])
+        # whatever ranks import, once; an import that fails is passed over: DeepSpeed may not be there
+        context.set_forkserver_preload(
+            [
+                *("pretrain.train", "pretrain.data.samples", "tests.distributed", "deepspeed"),
+                *("pytest", "hypothesis", "sentencepiece", "tools.convert_checkpoint"),
+                *("transformers", "tests.megatron_ext.hugging_face", "tests.families", "tests.pretrain.support"),
+            ]
+        )
         return cls(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), context)
 
     def run(self, fn: Callable[..., Any], world_size: int, *args: Any, timeout: float | None = None) -> list[Any]:

@@ -12,7 +12,7 @@ from tests.megatron_ext.training import LR, Run, worst
 
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
 # Weights are compared absolutely. Where a gradient is near zero, AdamW makes its rounding a step of its own, so that
-# float32 weights agree less well than the loss: to within one step of the twenty.
+# float32 weights agree less well than the loss: to within one step of the eight.
 WEIGHT_TOLERANCE = {"float64": 1e-9, "float32": LR}
 
 

@@ -14,7 +14,7 @@ from megatron_ext.pipeline import PipelineConfig
 from megatron_ext.tensor_parallel import LoraConfig
 from megatron_ext.zero import ZeroConfig
 
-STEPS = 20
+STEPS = 8
 LR = 1e-3
 _PARTS: dict[str, Any] = {
     "batch": BatchConfig,
