@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Style, types and tests. Makes its own environment if there is none.
-#   bash tests/run.sh            the default run, about ten minutes on two cores
-#   bash tests/run.sh --slow     with the long sweeps
+#   bash tests/run.sh            the default run, at most ten minutes on two cores
+#   bash tests/run.sh --slow     with the long sweeps; what measures time runs after the rest, alone
 #   bash tests/run.sh --compiles only what first builds operators of DeepSpeed (needs a compiler and libaio)
 #   bash tests/run.sh tests/pretrain -k resume      anything else goes to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/environment.sh
 
-select=(-m "not slow and not compiles")
+select="not slow and not compiles"
 case "${1:-}" in
-    --slow) select=(-m "not compiles"); shift ;;
-    --compiles) select=(-m compiles); shift ;;
+    --slow) select="not compiles"; shift ;;
+    --compiles) select=compiles; shift ;;
 esac
 export OMP_NUM_THREADS=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 
@@ -21,4 +21,10 @@ say "ruff"
 say "mypy"
 "$PYTHON" -m mypy
 say "pytest"
-exec "$PYTHON" -m pytest "${select[@]}" "$@"
+if (($#)) || [[ $select == compiles ]]; then
+    exec "$PYTHON" -m pytest -m "$select" "$@"
+fi
+"$PYTHON" -m pytest -m "$select and not alone" --numprocesses 2 --dist worksteal
+if [[ $select == "not compiles" ]]; then
+    exec "$PYTHON" -m pytest -m alone
+fi
