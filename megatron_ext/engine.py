@@ -9,6 +9,7 @@ unless the update is on the host (--offload-optimizer) or DeepSpeed's.
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -243,10 +244,10 @@ class Engine:
         return self.optimizer.model_states()
 
     def train_step(self, batch: Batch, lr: float, stop: bool = False) -> torch.Tensor:
-        """Forward, backward and update for one global batch.
+        """Forward, backward and update for one global batch, by the mean loss over its unmasked tokens.
 
-        batch: "tokens" and "labels" [global batch / dp, s] int64 on the device, optionally "loss_mask",
-        "document_ids", "position_ids". `stop`: this rank wishes to stop.
+        batch: "tokens" and "labels" [global batch / dp, s] int64 on the device, optionally (on all ranks or on none)
+        "loss_mask", 0 or a weight for each token, "document_ids", "position_ids". `stop`: this rank wishes to stop.
         Returns float64 [loss, gradient norm before clipping, ranks that wish to stop, 1 if the step was skipped
         for a gradient that is not finite], equal on every rank, still on the device.
         """
@@ -254,16 +255,17 @@ class Engine:
         loss = self.pipeline.forward_backward(batch, scale)
         self.tied.sum_gradients()
         wish = torch.full((), float(stop), dtype=torch.float64, device=self.grid.device)
-        sums = torch.stack([self._share_of_loss(loss), wish])
+        sums = torch.stack([loss, wish])
         (mean_loss, wishes), norm, skipped = self.optimizer.update(sums, lr, scale)
         self.loss_scaler.update(skipped)
         return torch.stack([mean_loss, norm, wishes, skipped.double()])
 
-    def eval_step(self, batch: Batch) -> torch.Tensor:
-        """Mean loss of a batch without training on it: float64 scalar on the device, equal on every rank."""
-        loss = self._share_of_loss(self.pipeline.evaluate(batch))
-        dist.all_reduce(loss)
-        return loss
+    def evaluate(self, batches: Iterable[Batch]) -> torch.Tensor:
+        """Mean loss over the (unmasked) tokens of all batches, at least one, without training on them.
 
-    def _share_of_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        return loss / (self.grid.dp_size * self.grid.size("tp"))
+        Returns a float64 scalar on the device, equal on every rank; 0 if all is masked.
+        """
+        sums = torch.stack([self.pipeline.evaluate(batch) for batch in batches]).sum(0)
+        dist.all_reduce(sums)
+        loss, tokens = sums
+        return torch.where(tokens == 0, 0.0, loss / tokens)

@@ -33,6 +33,7 @@ ADVICE = {
     "merge-file": "use --tokenizer-model",
     "use-flash-attn": "use --attention-backend flash, or leave the choice to torch",
     "use-mcore-models": _ALWAYS,
+    "calculate-per-token-loss": _ALWAYS,
     "no-masked-softmax-fusion": "drop it, attention is one fused kernel",
     "attention-dropout": "drop it, pretraining here has no dropout",
     "hidden-dropout": "drop it, pretraining here has no dropout",

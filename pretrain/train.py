@@ -184,10 +184,9 @@ class Trainer:
                 self.console.say(f" {line}")
 
     def _validation_loss(self) -> float:
-        """Mean loss over the validation batches: the same ones every time."""
+        """Mean loss over the tokens of the validation batches: the same ones every time."""
         batches = self.data.valid_batches(self.config.training.eval_iters)
-        losses = torch.stack([self.engine.eval_step(self._to_device(batch)) for batch in batches])
-        loss = losses.mean().item()
+        loss = self.engine.evaluate(self._to_device(batch) for batch in batches).item()
         self.results.restart()
         return loss
 

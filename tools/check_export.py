@@ -68,7 +68,7 @@ def work(options: argparse.Namespace) -> int:
     exported: Any = AutoModelForCausalLM.from_pretrained(options.hf, dtype=torch.float32)
     text = first_document(Path(options.text))
     ids = torch.tensor([tokenizer.encode(text, add_bos=True)[: options.max_tokens + 1]])
-    ours = decoder(ids[:, :-1], labels=ids[:, 1:]).item()
+    ours = decoder(ids[:, :-1], labels=ids[:, 1:]).item() / (ids.shape[1] - 1)
     theirs = exported(input_ids=ids, labels=ids).loss.item()
     difference = (decoder(ids) - exported(input_ids=ids).logits).abs().max().item()
     print(f"loss of {ids.shape[1] - 1} tokens of {options.text}:")

@@ -107,8 +107,8 @@ class BitsPerCharacter:
         self._batches = [{name: part[i] for name, part in split.items()} for i in range(len(split["tokens"]))]
 
     def measure(self, engine: Engine) -> float:
-        nats = sum(engine.eval_step(batch).item() * batch["loss_mask"].sum().item() for batch in self._batches)
-        return nats / math.log(2) / self._characters
+        tokens = sum(batch["loss_mask"].sum().item() for batch in self._batches)
+        return engine.evaluate(self._batches).item() * tokens / math.log(2) / self._characters
 
 
 def train_base(

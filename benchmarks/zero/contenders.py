@@ -98,8 +98,8 @@ def ddp(task: Task) -> Contender:
         for i, (tokens, labels) in enumerate(parts, 1):
             with contextlib.nullcontext() if i == microbatches else model.no_sync():
                 loss = model(tokens, labels)
-                (loss / microbatches).sum().backward()
-            losses.append(loss.detach())
+                (loss / (microbatches * labels.numel())).sum().backward()
+            losses.append(loss.detach() / labels.numel())
         norm = torch.nn.utils.clip_grad_norm_(params.values(), adam.clip_grad)
         gradients = held(param.grad for param in params.values() if param.grad is not None)
         optimizer.step()

@@ -124,8 +124,8 @@ class Decoder(nn.Module):
         x: token ids [b, s] on the first stage, else the previous stage's output [b, s, h] ([b, s/tp, h] under
         sequence parallelism). labels [b, s], loss_mask [b, s]: used on the last stage. document_ids [b, s]:
         attention stays within equal ids. position_ids [b, s]: positions other than 0..s-1.
-        Returns hidden states; on the last stage the logits [b, s, V/tp], or with labels the mean loss over the
-        (unmasked) tokens, shape [1].
+        Returns hidden states; on the last stage the logits [b, s, V/tp], or with labels the sum of the tokens' losses,
+        each times its loss_mask if there is one, shape [1].
         """
         cut = not self.stage.has_embedding and self.tp.sequence_parallel
         length = x.shape[1] * (self.tp.size if cut else 1)
@@ -144,9 +144,7 @@ class Decoder(nn.Module):
         if labels is None:
             return logits
         loss = vocab_parallel_cross_entropy(logits, labels, self.config.vocab_size, self.tp)
-        if loss_mask is None:
-            return loss.flatten().mean(0, keepdim=True)
-        return (loss * loss_mask).flatten().sum(0, keepdim=True) / loss_mask.sum().clamp(min=1)
+        return (loss if loss_mask is None else loss * loss_mask).flatten().sum(0, keepdim=True)
 
     def _embed(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         x = self.embed_tokens(ids, self.dtype)

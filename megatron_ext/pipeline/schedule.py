@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models import Decoder
@@ -18,8 +19,9 @@ Batch = dict[str, torch.Tensor]
 class Pipeline:
     """All microbatches of one optimizer step, forward and backward, over this rank's stages.
 
-    stages: global stage index -> data-parallel decoder, for the stages of this rank. Losses are means over the
-    tokens of a microbatch; gradients end up as the mean over all microbatches and data-parallel ranks.
+    stages: global stage index -> data-parallel decoder, for the stages of this rank. Loss and gradients end up as the
+    mean over the tokens of the global batch: of a batch with "loss_mask" [.., s], the mean weighted by it. So they
+    do not depend on how the batch is cut into ranks and microbatches, nor on where in it the masked tokens are.
     """
 
     def __init__(
@@ -82,19 +84,42 @@ class Pipeline:
     def forward_backward(self, batch: Batch, loss_scale: torch.Tensor | float = 1.0) -> torch.Tensor:
         """Run the batch ([microbatches x micro batch size, s] tensors on the device); gradients accumulate in .grad.
 
-        Returns this rank's mean loss over its microbatches (float64 scalar), 0 where the last stage is elsewhere.
+        Returns this rank's share of the mean loss (float64 scalar): the world's shares add up to it.
         """
-        summed_over = next(iter(self.stages.values())).summed_over
-        scale = loss_scale / (self.n_microbatches * summed_over)
+        share = self._share_of_a_token(batch) if self.holds_last else 0.0
+        averaged_over = next(iter(self.stages.values())).averaged_over
+        self._loss_scale = share * (loss_scale * averaged_over)
         if self._schedule is None:
-            return self._one_stage(batch, scale)
-        self._loss_scale = scale
-        self._call(self._schedule.step, batch, return_outputs=False)
-        return self._take_mean_loss()
+            self._one_stage(batch)
+        else:
+            self._call(self._schedule.step, batch, return_outputs=False)
+        return self._take_loss() * share
+
+    def _share_of_a_token(self, batch: Batch) -> torch.Tensor | float:
+        """One over the tokens of the global batch, over the sum of their weights where there is a mask.
+
+        The last stage's ranks ask for it together, before the first microbatch: with a mask it takes a message. Of a
+        batch that is masked whole it is 0, and so are loss and gradient.
+        """
+        tokens = self._tokens(batch)
+        if not isinstance(tokens, torch.Tensor):
+            return 1 / (tokens * self.grid.dp_size)
+        for axis in ("dp_shard", "dp_replicate"):
+            if self.grid.size(axis) > 1:
+                dist.all_reduce(tokens, group=self.grid.mesh[axis].get_group())
+        return torch.where(tokens == 0, 0.0, 1 / tokens)
+
+    def _tokens(self, batch: Batch) -> torch.Tensor | float:
+        """How many tokens of this rank's batch count: a constant, or the sum of the mask (float64 scalar)."""
+        mask = batch.get("loss_mask")
+        return float(batch["labels"].numel()) if mask is None else mask.sum(dtype=torch.float64)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
-        """The mean loss of a batch, without gradients; as `forward_backward` returns it."""
+        """Run the batch without gradients.
+
+        Returns this rank's shares, float64 [2], of the batch's summed loss and of the tokens that it is summed over.
+        """
         modules = {index: stage.module for index, stage in self.stages.items()}
         for module in modules.values():
             module.eval()
@@ -102,16 +127,17 @@ class Pipeline:
         for data_parallel in self.stages.values():
             data_parallel.module.train()
             data_parallel.reshard()
-        return self._take_mean_loss()
+        loss = self._take_loss()
+        tokens = self._tokens(batch) / self.grid.size("tp") if self.holds_last else 0.0
+        return torch.stack([loss, torch.zeros_like(loss) + tokens])
 
-    def _one_stage(self, batch: Batch, scale: torch.Tensor | float) -> torch.Tensor:
+    def _one_stage(self, batch: Batch) -> None:
         data_parallel = self.stages[0]
         for i, part in enumerate(self._split(batch)):
             last = i == self.n_microbatches - 1
             loss = data_parallel.module(part.pop("tokens"), **part)
             self._losses.append(loss.detach())
-            data_parallel.backward(loss * scale, None, last)
-        return self._take_mean_loss()
+            data_parallel.backward(loss * self._loss_scale, None, last)
 
     def _call(self, run: Any, batch: Batch, **options: Any) -> None:
         batch = dict(batch)
@@ -130,8 +156,9 @@ class Pipeline:
         parts = {name: tensor.chunk(self.n_microbatches) for name, tensor in batch.items()}
         return [{name: chunks[i] for name, chunks in parts.items()} for i in range(self.n_microbatches)]
 
-    def _take_mean_loss(self) -> torch.Tensor:
+    def _take_loss(self) -> torch.Tensor:
+        """This rank's share of the microbatches' losses, which all of its tensor-parallel group have: their sum."""
         losses, self._losses = self._losses, []
         if not losses:
             return torch.zeros((), dtype=torch.float64, device=self.grid.device)
-        return torch.cat(losses).double().mean()
+        return torch.cat(losses).double().sum() / self.grid.size("tp")

@@ -33,6 +33,8 @@ class DataParallel:
     the host if they are offloaded.
     """
 
+    averaged_over = 1  # data-parallel ranks whose gradients are averaged: here they are summed
+
     def __init__(self, decoder: Decoder, grid: ProcessGrid, zero: ZeroConfig):
         self.decoder = decoder
         self.module: nn.Module = decoder
@@ -49,11 +51,6 @@ class DataParallel:
             if self._in_bf16:
                 for module in fsdp_modules(decoder):
                     module.set_custom_reduce_scatter(self._reduce_scatter)
-
-    @property
-    def summed_over(self) -> int:
-        """Ranks whose gradients are summed: the loss is to be divided by them."""
-        return self.grid.dp_size
 
     def backward(self, output: torch.Tensor, grad: torch.Tensor | None, last: bool) -> None:
         """The backward pass of one microbatch. last: of the step. grad: None where `output` is the loss."""

@@ -1,5 +1,6 @@
 """The runs that others are held against."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,11 +13,19 @@ from tests.megatron_ext.training import Run, one_process, train
 
 @pytest.fixture(scope="module")
 def reference(pool: Pool) -> Reference:
-    """The run of one process, computed once for each model, precision and kind of batch."""
+    """The run of one process, computed once for each model, precision and kind of batch.
+
+    In float64 it sees the whole global batch as one microbatch; in float32, where the order of sums shows, the same
+    microbatches.
+    """
     runs: dict[Any, Run] = {}
 
     def run(config: EngineConfig, documents: bool = False) -> Run:
-        key = (one_process(config), documents)
+        alone = one_process(config)
+        if config.precision.params_dtype == "float64":
+            batch = dataclasses.replace(config.batch, micro_batch_size=config.batch.global_batch_size)
+            alone = dataclasses.replace(alone, batch=batch)
+        key = (alone, documents)
         if key not in runs:
             (runs[key],) = pool.run(train, 1, *key)
         return runs[key]

@@ -14,6 +14,7 @@ TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
 # Weights are compared absolutely. Where a gradient is near zero, AdamW makes its rounding a step of its own, so that
 # float32 weights agree less well than the loss: to within one step of the eight.
 WEIGHT_TOLERANCE = {"float64": 1e-9, "float32": LR}
+VALID_TOLERANCE = {"float64": 1e-9, "float32": 1e-4}  # of a loss with the weights of the end
 
 
 Reference = Callable[..., Run]
@@ -53,6 +54,7 @@ def assert_parity(runs: list[Run], expected: Run, name: str, dtype: str) -> None
     for run in runs:
         assert torch.equal(run.losses, runs[0].losses)  # what is reported is one number, not one for each rank
         assert torch.equal(run.norms, runs[0].norms)
+        assert run.valid_loss == pytest.approx(expected.valid_loss, rel=VALID_TOLERANCE[dtype])
         for step, evaluated in run.evaluated.items():  # and the evaluation left no trace: see the reference
             assert evaluated == pytest.approx(run.losses[step].item(), rel=TOLERANCE[dtype])
     assert_same_weights(runs, expected, WEIGHT_TOLERANCE[dtype])

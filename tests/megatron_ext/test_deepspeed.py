@@ -117,7 +117,7 @@ def test_bf16_stays_close_to_float32(pool: Pool, reference: Reference, zero: int
 def second_copies(config: EngineConfig) -> bool:
     """Whether this rank has a second copy of some weights after a forward pass, cut over two ranks."""
     engine = Engine(config, build_grid(config.parallel, torch.device("cpu")))
-    engine.eval_step(share(global_batch(config, 0), engine.grid, config.batch.micro_batch_size))
+    engine.evaluate([share(global_batch(config, 0), engine.grid, config.batch.micro_batch_size)])
     copies = [(p.ds_secondary_tensor, p.ds_numel) for p in engine.parameters.values()]  # type: ignore[attr-defined]
     return any(copy is not None and copy.numel() == numel // 2 for copy, numel in copies)
 

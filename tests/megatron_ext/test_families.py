@@ -58,7 +58,7 @@ def steps(jobs: list[tuple[ModelConfig, Path]], layout: dict[str, Any]) -> list[
         )
         engine = Engine(config, grid)
         load_checkpoint(engine, checkpoint, weights_only=True)
-        loss = engine.pipeline.forward_backward(share(batch(), grid, 2)) / (grid.dp_size * grid.size("tp"))
+        loss = engine.pipeline.forward_backward(share(batch(), grid, 2))
         dist.all_reduce(loss)
         engine.tied.sum_gradients()
         gradients = {name: p.grad.full_tensor() for name, p in engine.parameters.items()}  # type: ignore[union-attr]

@@ -23,6 +23,7 @@ from tests.megatron_ext.layouts import Layout, Reference, assert_parity, layout
 from tests.megatron_ext.training import (
     LR,
     STEPS,
+    VALID,
     Run,
     global_batch,
     initial_weights,
@@ -125,12 +126,15 @@ def test_clipping_bites_on_some_steps(reference: Reference) -> None:
     assert 0 < clipped.sum() < STEPS
 
 
-@pytest.mark.parametrize("options", [{}, TIED | {"num_query_groups": 2}, {"weight_decay": 0.0, "clip_grad": 0.0}])
+@pytest.mark.parametrize(
+    "options, documents",
+    [({}, True), (TIED | {"num_query_groups": 2}, False), ({"weight_decay": 0.0, "clip_grad": 0.0}, False)],
+)
 def test_one_process_equals_transformers_and_torch_adamw(
-    pool: Pool, reference: Reference, options: dict[str, Any]
+    pool: Pool, reference: Reference, options: dict[str, Any], documents: bool
 ) -> None:
     config = tiny(params_dtype="float64", **options)
-    expected = reference(config)
+    expected = reference(config, documents)
     (weights,) = pool.run(initial_weights, 1, config)
     model = llama_like(config.model, weights).double()
 
@@ -140,11 +144,23 @@ def test_one_process_equals_transformers_and_torch_adamw(
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
     adam = torch.optim.AdamW(groups, lr=LR, betas=(optimizer.adam_beta1, optimizer.adam_beta2), eps=optimizer.adam_eps)
+
+    def summed_loss(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Over the tokens, by their weights; and the sum of these."""
+        batch = global_batch(config, step, documents)
+        attention = None
+        if documents:
+            ids = batch["document_ids"]
+            attention = (ids[:, None, :, None] == ids[:, None, None, :]).tril()
+        logits = model(batch["tokens"], attention_mask=attention, position_ids=batch.get("position_ids")).logits
+        of_tokens = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+        weights = batch.get("loss_mask", torch.ones(1)).double().expand_as(batch["labels"]).flatten()
+        return of_tokens @ weights, weights.sum()
+
     losses, norms = [], []
     for step in range(STEPS):
-        batch = global_batch(config, step)
-        logits = model(batch["tokens"]).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+        summed, tokens = summed_loss(step)
+        loss = summed / tokens if tokens else summed * 0
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_grad or float("inf"))
         adam.step()
@@ -153,6 +169,9 @@ def test_one_process_equals_transformers_and_torch_adamw(
         norms.append(norm.detach())
     assert worst(expected.losses, torch.stack(losses)) <= 1e-9
     assert worst(expected.norms, torch.stack(norms)) <= 1e-9
+    with torch.no_grad():
+        summed, tokens = torch.tensor([summed_loss(step) for step in VALID], dtype=torch.float64).sum(0)
+    assert expected.valid_loss == pytest.approx((summed / tokens).item(), rel=1e-9)
 
 
 BF16 = 1e-3, 1e-2  # bounds of relative differences from float32: of losses, of gradient norms

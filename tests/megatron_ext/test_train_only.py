@@ -226,7 +226,7 @@ def figures_with_dropout(config: Any) -> tuple[list[float], list[float], dict[st
     engine = Engine(config, grid)
     batch = share(global_batch(config, 0), grid, config.batch.micro_batch_size)
     trained = [engine.train_step(batch, LR)[0].item() for _ in range(3)]
-    evaluated = [engine.eval_step(batch).item() for _ in range(2)]
+    evaluated = [engine.evaluate([batch]).item() for _ in range(2)]
     return trained, evaluated, whole_parameters(engine)
 
 

@@ -16,6 +16,7 @@ from megatron_ext.zero import ZeroConfig
 
 STEPS = 8
 LR = 1e-3
+VALID = range(3, 6)  # batches of the evaluation in the end; with documents the second one is masked whole
 _PARTS: dict[str, Any] = {
     "batch": BatchConfig,
     "parallel": ParallelConfig,
@@ -68,7 +69,7 @@ def one_process(config: EngineConfig) -> EngineConfig:
 
 
 def global_batch(config: EngineConfig, step: int, documents: bool = False) -> Batch:
-    """The batch of a step. `documents`: two documents to a sequence, masked tokens, and one microbatch masked whole."""
+    """The batch of a step. `documents`: two documents to a sequence, and an uneven mask."""
     rows, length = config.batch.global_batch_size, config.batch.seq_length
     assert rows is not None
     generator = torch.Generator().manual_seed(step)
@@ -79,9 +80,17 @@ def global_batch(config: EngineConfig, step: int, documents: bool = False) -> Ba
         positions = torch.arange(length).expand(rows, -1)
         batch["document_ids"] = (positions >= start).long()
         batch["position_ids"] = torch.where(positions >= start, positions - start, positions)
-        batch["loss_mask"] = (torch.rand(rows, length, generator=generator) < 0.7).float()
-        batch["loss_mask"][: config.batch.micro_batch_size] = 0
+        batch["loss_mask"] = _uneven_mask(rows, length, step, generator)
     return batch
+
+
+def _uneven_mask(rows: int, length: int, step: int, generator: torch.Generator) -> torch.Tensor:
+    """Every row masked to its own degree, what is left with weights, and of every 1, 2, 4, 8 or 16 rows by turns the
+    first ones masked whole: in some steps a microbatch, in some a data-parallel rank, in some the global batch."""
+    mask = (torch.rand(rows, length, generator=generator) < torch.rand(rows, 1, generator=generator)).float()
+    mask *= 0.5 + torch.rand(rows, length, generator=generator)
+    mask[torch.arange(rows) // 2 ** (step % 5) % 2 == 0] = 0
+    return mask
 
 
 def share(batch: Batch, grid: ProcessGrid, micro_batch_size: int) -> Batch:
@@ -94,13 +103,14 @@ def share(batch: Batch, grid: ProcessGrid, micro_batch_size: int) -> Batch:
 
 @dataclasses.dataclass
 class Run:
-    """losses, norms, skipped: by step. evaluated: eval loss of a step's batch just before that step. parameters: all
-    that this rank knows of, whole. loss_scale: the last."""
+    """losses, norms, skipped: by step. evaluated: eval loss of a step's batch just before that step. valid_loss: in the
+    end, of several batches. parameters: all that this rank knows of, whole. loss_scale: the last."""
 
     losses: torch.Tensor
     norms: torch.Tensor
     skipped: torch.Tensor
     evaluated: dict[int, float]
+    valid_loss: float
     parameters: dict[str, torch.Tensor]
     loss_scale: float
 
@@ -110,13 +120,18 @@ def train(config: EngineConfig, documents: bool = False, eval_at: tuple[int, ...
     grid = build_grid(config.parallel, torch.device("cpu"))
     engine = Engine(config, grid)
     history, evaluated = [], {}
+
+    def batch(step: int) -> Batch:
+        return share(global_batch(config, step, documents), grid, config.batch.micro_batch_size)
+
     for step in range(steps):
-        batch = share(global_batch(config, step, documents), grid, config.batch.micro_batch_size)
         if step in eval_at:
-            evaluated[step] = engine.eval_step(batch).item()
-        history.append(engine.train_step(batch, LR))
+            evaluated[step] = engine.evaluate([batch(step)]).item()
+        history.append(engine.train_step(batch(step), LR))
     losses, norms, _, skipped = torch.stack(history).unbind(1)
-    return Run(losses, norms, skipped, evaluated, whole_parameters(engine), float(engine.loss_scaler.scale))
+    valid_loss = engine.evaluate(map(batch, VALID)).item()
+    scale = float(engine.loss_scaler.scale)
+    return Run(losses, norms, skipped, evaluated, valid_loss, whole_parameters(engine), scale)
 
 
 def whole_parameters(engine: Engine) -> dict[str, torch.Tensor]:
@@ -133,5 +148,5 @@ def initial_weights(config: EngineConfig) -> dict[str, torch.Tensor]:
 
 
 def worst(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest relative difference of two histories."""
-    return ((a - b).abs() / b.abs()).max().item()
+    """Largest relative difference of two histories; what is 0 in `b` must be so in `a`."""
+    return ((a - b).abs() / b.abs().clamp(min=torch.finfo(b.dtype).tiny)).max().item()

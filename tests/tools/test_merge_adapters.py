@@ -42,13 +42,13 @@ def train_and_save(config: EngineConfig, root: Path) -> float:
         lora=dataclasses.asdict(config.adapters),
     )
     CheckpointWriter(root, engine).save(manifest, {})
-    return engine.eval_step(batch).item()
+    return engine.evaluate([batch]).item()
 
 
 def load_and_evaluate(config: EngineConfig, checkpoint: Path) -> float:
     engine = build(config)
     load_checkpoint(engine, checkpoint, weights_only=True)
-    return engine.eval_step(share(global_batch(config, 0), engine.grid, config.batch.micro_batch_size)).item()
+    return engine.evaluate([share(global_batch(config, 0), engine.grid, config.batch.micro_batch_size)]).item()
 
 
 def refusal(config: EngineConfig, checkpoint: Path) -> str:

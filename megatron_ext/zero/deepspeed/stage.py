@@ -22,8 +22,6 @@ class DeepSpeedStage:
     stored: by name, what each parameter is to the other ranks of its tp group: a DTensor on the meta device.
     """
 
-    summed_over = 1  # DeepSpeed averages over the data-parallel ranks: the loss need not be divided by them
-
     def __init__(
         self,
         decoder: Decoder,
@@ -35,6 +33,7 @@ class DeepSpeedStage:
         import deepspeed
 
         self.decoder, self.grid = decoder, grid
+        self.averaged_over = grid.dp_size  # data-parallel ranks whose gradients DeepSpeed averages
         self._disk = None if nvme_path is None else use_disk(nvme_path)  # as long as this stage lives
         unit = ModelParallelUnit(grid)
         prepare(unit.get_data_parallel_group())
