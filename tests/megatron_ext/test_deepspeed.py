@@ -42,10 +42,13 @@ LAYOUTS: dict[str, Layout] = {
     "DP2 ZeRO-1, tied": deepspeed(dp=2, zero=1, untie_embeddings_and_output_weights=False),
     "DP2 ZeRO-3, tied": deepspeed(dp=2, zero=3, untie_embeddings_and_output_weights=False),
     "PP2 DP2 gpipe ZeRO-3, recompute full": deepspeed(
-        pp=2, dp=2, schedule="gpipe", zero=3, recompute_granularity="full"
+        pp=2, dp=2, schedule="gpipe", zero=3, recompute_granularity="full", documents=True
     ),
     "TP2 PP2 SP ZeRO-1, documents and masks": deepspeed(tp=2, pp=2, sp=True, zero=1, documents=True),
-    **{f"PP2 DP2 ZeRO-{zero}, offload": deepspeed(pp=2, dp=2, zero=zero, **CPU) for zero in (1, 2, 3)},
+    **{
+        f"PP2 DP2 ZeRO-{zero}, offload": deepspeed(pp=2, dp=2, zero=zero, documents=zero == 3, **CPU)
+        for zero in (1, 2, 3)
+    },
     "one process ZeRO-2, offload": deepspeed(zero=2, **CPU),
     "DP2 ZeRO-3, offload of parameters too": deepspeed(dp=2, zero=3, offload_param="cpu", **CPU),
 }

@@ -28,8 +28,8 @@ LAYOUTS: dict[str, Layout] = {
     "DP2 ZeRO-3, accumulated": layout(dp=2, zero=3, accumulate_then_reduce=True, **OFFLOADED),
     "DP4 in shards of 2, ZeRO-3": layout(dp=4, zero=3, zero_shard_size=2, **OFFLOADED),
     "DP2 in shards of 1, ZeRO-2": layout(dp=2, zero=2, zero_shard_size=1, **OFFLOADED),
-    "TP2 PP2 DP2 SP ZeRO-2": layout(2, 2, 2, sp=True, zero=2, **OFFLOADED),
-    "PP2 DP2 zbv ZeRO-3": layout(pp=2, dp=2, schedule="zbv", zero=3, **OFFLOADED),
+    "TP2 PP2 DP2 SP ZeRO-2": layout(2, 2, 2, sp=True, zero=2, documents=True, **OFFLOADED),
+    "PP2 DP2 zbv ZeRO-3": layout(pp=2, dp=2, schedule="zbv", zero=3, documents=True, **OFFLOADED),
     "PP2 DP2 ZeRO-1, tied": layout(pp=2, dp=2, zero=1, **OFFLOADED, **TIED),
     "PP2 DP2 ZeRO-2, input embedding": layout(pp=2, dp=2, zero=2, train_only="embeddings", **OFFLOADED),
     "PP2 DP2 ZeRO-1, new rows": layout(pp=2, dp=2, zero=1, **NEW_ROWS, **OFFLOADED),
@@ -38,9 +38,10 @@ LAYOUTS: dict[str, Layout] = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_offloaded_layout_equals_one_process(pool: Pool, reference: Reference, name: str) -> None:
-    config = tiny(params_dtype="float64", **LAYOUTS[name].options)
-    runs = pool.run(train, LAYOUTS[name].ranks, config, False, (0, STEPS // 2))
-    assert_parity(runs, reference(config), name, "float64")
+    case = LAYOUTS[name]
+    config = tiny(params_dtype="float64", **case.options)
+    runs = pool.run(train, case.ranks, config, case.documents, (0, STEPS // 2))
+    assert_parity(runs, reference(config, case.documents), name, "float64")
 
 
 def copies_to_the_host(config: EngineConfig, world_size: int) -> tuple[list[int], list[int]]:

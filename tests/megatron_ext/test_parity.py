@@ -37,25 +37,30 @@ TIED: dict[str, Any] = {"untie_embeddings_and_output_weights": False}
 BIASED: dict[str, Any] = {"add_qkv_bias": True, "add_bias_linear": True}
 ACCUMULATED: dict[str, Any] = {"zero": 3, "accumulate_then_reduce": True}
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble", "zbv", "dualpipev")
+MASKED = ("gpipe", "interleaved", "dualpipev")
+# Half of them on documents with uneven masks, `documents=True`: the one process has no microbatch to weigh.
 LAYOUTS: dict[str, Layout] = {
     "TP2": layout(tp=2),
-    "TP2 SP": layout(tp=2, sp=True),
+    "TP2 SP": layout(tp=2, sp=True, documents=True),
     "TP4, 2 KV heads": layout(tp=4, num_query_groups=2),
     "TP4 SP, 2 KV heads, biases": layout(tp=4, sp=True, num_query_groups=2, **BIASED),
     "TP2, vocabulary 997": layout(tp=2, vocab_size=997),
-    **{f"PP2 {schedule}": layout(pp=2, schedule=schedule) for schedule in SCHEDULES},
+    **{f"PP2 {schedule}": layout(pp=2, schedule=schedule, documents=schedule in MASKED) for schedule in SCHEDULES},
     "PP2 zero-bubble, 2 stages a rank": layout(pp=2, schedule="zero-bubble", num_virtual_stages_per_pipeline_rank=2),
     "PP3 of 3,2,2 layers": layout(pp=3, num_layers=7, pipeline_layers=(3, 2, 2)),
-    **{f"DP{dp} ZeRO-{zero}": layout(dp=dp, zero=zero) for dp in (2, 4) for zero in range(4)},
-    **{f"DP4 in shards of 2, ZeRO-{zero}": layout(dp=4, zero=zero, zero_shard_size=2) for zero in (1, 2, 3)},
-    **{f"TP2 PP2 DP2 SP ZeRO-{zero}": layout(2, 2, 2, zero=zero, sp=True) for zero in range(4)},
+    **{f"DP{dp} ZeRO-{zero}": layout(dp=dp, zero=zero, documents=dp == 4) for dp in (2, 4) for zero in range(4)},
     **{
-        f"PP2 DP2 {schedule} ZeRO-{zero}": layout(pp=2, dp=2, schedule=schedule, zero=zero)
+        f"DP4 in shards of 2, ZeRO-{zero}": layout(dp=4, zero=zero, zero_shard_size=2, documents=zero == 2)
+        for zero in (1, 2, 3)
+    },
+    **{f"TP2 PP2 DP2 SP ZeRO-{zero}": layout(2, 2, 2, zero=zero, sp=True, documents=zero == 3) for zero in range(4)},
+    **{
+        f"PP2 DP2 {schedule} ZeRO-{zero}": layout(pp=2, dp=2, schedule=schedule, zero=zero, documents=zero == 2)
         for schedule in ("zero-bubble", "zbv", "interleaved")
         for zero in (2, 3)
     },
     "PP2 DP4 zbv in shards of 2, ZeRO-3": layout(pp=2, dp=4, schedule="zbv", zero=3, zero_shard_size=2),
-    "DP4 ZeRO-3, accumulated": layout(dp=4, **ACCUMULATED),
+    "DP4 ZeRO-3, accumulated": layout(dp=4, documents=True, **ACCUMULATED),
     "TP2 PP2 DP2 SP ZeRO-3, accumulated": layout(2, 2, 2, sp=True, **ACCUMULATED),
     **{
         f"PP2 DP2 {schedule} ZeRO-3, accumulated": layout(pp=2, dp=2, schedule=schedule, **ACCUMULATED)
@@ -67,7 +72,7 @@ LAYOUTS: dict[str, Layout] = {
     "TP2 DP2 ZeRO-3, vocabulary 997": layout(tp=2, dp=2, zero=3, vocab_size=997),
     "DP2 ZeRO-1, tied": layout(dp=2, zero=1, **TIED),
     "DP2 ZeRO-3, tied": layout(dp=2, zero=3, **TIED),
-    "PP2 1f1b, tied": layout(pp=2, **TIED),
+    "PP2 1f1b, tied": layout(pp=2, documents=True, **TIED),
     "PP2 zbv, tied": layout(pp=2, schedule="zbv", **TIED),
     "PP2 DP2 ZeRO-1, tied": layout(pp=2, dp=2, zero=1, **TIED),
     "TP2 PP2 DP2 ZeRO-3, tied": layout(2, 2, 2, zero=3, **TIED),
@@ -75,11 +80,12 @@ LAYOUTS: dict[str, Layout] = {
     "PP2 1f1b, recompute full": layout(pp=2, recompute_granularity="full"),
     "PP2 zero-bubble, recompute full": layout(pp=2, schedule="zero-bubble", recompute_granularity="full"),
     "PP2 zero-bubble, recompute selective": layout(pp=2, schedule="zero-bubble", recompute_granularity="selective"),
-    "TP2 DP2 SP ZeRO-3, recompute full": layout(tp=2, dp=2, sp=True, zero=3, recompute_granularity="full"),
+    "TP2 DP2 SP ZeRO-3, recompute full": layout(
+        tp=2, dp=2, sp=True, zero=3, recompute_granularity="full", documents=True
+    ),
     "TP2 DP2 ZeRO-1, recompute selective": layout(tp=2, dp=2, zero=1, recompute_granularity="selective"),
     "TP2 DP2 SP ZeRO-1, biases": layout(tp=2, dp=2, sp=True, zero=1, **BIASED),
-    "TP2 PP2 SP, documents and masks": layout(tp=2, pp=2, sp=True, documents=True),
-    "PP2 DP2 zbv ZeRO-2, documents and masks": layout(pp=2, dp=2, schedule="zbv", zero=2, documents=True),
+    "TP2 PP2 SP": layout(tp=2, pp=2, sp=True, documents=True),
 }
 # What float32 adds is rounding, which the number of ranks and the order of sums change and the schedule does not.
 FLOAT32_BY_DEFAULT = {
@@ -179,17 +185,19 @@ HALF_LAYOUTS = {
     "one process": layout(),
     "TP2 SP": layout(tp=2, sp=True),
     "PP2 DP2 zero-bubble ZeRO-1": layout(pp=2, dp=2, schedule="zero-bubble", zero=1),
-    "TP2 PP2 DP2 SP ZeRO-3": layout(2, 2, 2, sp=True, zero=3),
+    "TP2 PP2 DP2 SP ZeRO-3": layout(2, 2, 2, sp=True, zero=3, documents=True),
 }
 
 
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", HALF_LAYOUTS)
 def test_half_precision_stays_close_to_float32(pool: Pool, reference: Reference, name: str, half: str) -> None:
-    config = tiny(**HALF_LAYOUTS[name].options)
+    case = HALF_LAYOUTS[name]
+    config = tiny(**case.options)
     precision = PrecisionConfig(fp16=True, initial_loss_scale=2.0**10) if half == "fp16" else PrecisionConfig(bf16=True)
-    runs = pool.run(train, HALF_LAYOUTS[name].ranks, dataclasses.replace(config, precision=precision))
-    assert_close_to_float32(runs, reference(config), f"{name}, {half}", *{"bf16": BF16, "fp16": (2e-4, 2e-3)}[half])
+    runs = pool.run(train, case.ranks, dataclasses.replace(config, precision=precision), case.documents)
+    expected = reference(config, case.documents)
+    assert_close_to_float32(runs, expected, f"{name}, {half}", *{"bf16": BF16, "fp16": (2e-4, 2e-3)}[half])
 
 
 def assert_close_to_float32(runs: list[Run], expected: Run, name: str, loss_bound: float, norm_bound: float) -> None:
@@ -203,7 +211,7 @@ def assert_close_to_float32(runs: list[Run], expected: Run, name: str, loss_boun
 
 REDUCED_IN_BF16: dict[str, Any] = {"bf16": True, "grad_reduce_in_bf16": True}
 BF16_LAYOUTS = {
-    **{f"DP4 ZeRO-{zero}": layout(dp=4, zero=zero, **REDUCED_IN_BF16) for zero in (0, 3)},
+    **{f"DP4 ZeRO-{zero}": layout(dp=4, zero=zero, documents=True, **REDUCED_IN_BF16) for zero in (0, 3)},
     **{
         f"DP4 in shards of 2, ZeRO-{zero}": layout(dp=4, zero=zero, zero_shard_size=2, **REDUCED_IN_BF16)
         for zero in (1, 2, 3)
@@ -223,9 +231,11 @@ BF16_BY_DEFAULT = {"DP4 ZeRO-0", "DP4 in shards of 2, ZeRO-3", "TP2 PP2 DP2 SP Z
     [pytest.param(name, marks=[] if name in BF16_BY_DEFAULT else [pytest.mark.slow]) for name in BF16_LAYOUTS],
 )
 def test_gradients_that_travel_in_bfloat16_stay_close_to_float32(pool: Pool, reference: Reference, name: str) -> None:
-    config = tiny(**BF16_LAYOUTS[name].options)
-    runs = pool.run(train, BF16_LAYOUTS[name].ranks, config)
-    assert_close_to_float32(runs, reference(dataclasses.replace(config, precision=PrecisionConfig())), name, *BF16)
+    case = BF16_LAYOUTS[name]
+    config = tiny(**case.options)
+    runs = pool.run(train, case.ranks, config, case.documents)
+    expected = reference(dataclasses.replace(config, precision=PrecisionConfig()), case.documents)
+    assert_close_to_float32(runs, expected, name, *BF16)
 
 
 def gradients_of_equal_samples(config: EngineConfig) -> dict[str, torch.Tensor]:
