@@ -22,7 +22,7 @@ from megatron_ext.mesh import ParallelConfig, ProcessGrid, build_grid
 from megatron_ext.models import ModelConfig, initialize_parameter, preset
 from megatron_ext.models.count import parameters_per_layer
 from megatron_ext.models.decoder import whole_model
-from megatron_ext.optim import PrecisionConfig, decays
+from megatron_ext.optim import PrecisionConfig, decays, squared_norms
 from megatron_ext.tensor_parallel import distribute_parameters, localize_parameters
 from megatron_ext.zero import ZeroConfig
 from megatron_ext.zero.deepspeed.check import check_installed
@@ -100,7 +100,9 @@ def ddp(task: Task) -> Contender:
                 loss = model(tokens, labels)
                 (loss / (microbatches * labels.numel())).sum().backward()
             losses.append(loss.detach() / labels.numel())
-        norm = torch.nn.utils.clip_grad_norm_(params.values(), adam.clip_grad)
+        squares = squared_norms([param.grad for param in params.values() if param.grad is not None])
+        norm = squares.sum().sqrt().float()
+        torch.nn.utils.clip_grads_with_norm_(params.values(), adam.clip_grad, norm)
         gradients = held(param.grad for param in params.values() if param.grad is not None)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # or the next ones would lie beside the buckets

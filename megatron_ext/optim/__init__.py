@@ -2,6 +2,7 @@
 
 from megatron_ext.optim.config import OptimizerConfig, PrecisionConfig
 from megatron_ext.optim.loss_scale import LossScaler
+from megatron_ext.optim.norm import squared_norms
 from megatron_ext.optim.optimizer import MOMENTS, Optimizer, decays, placed_as
 from megatron_ext.optim.rate import learning_rate
 from megatron_ext.optim.states import States
@@ -18,4 +19,5 @@ __all__ = [
     "decays",
     "learning_rate",
     "placed_as",
+    "squared_norms",
 ]

@@ -12,6 +12,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from megatron_ext.footprint import ModelStates, held
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.optim.config import OptimizerConfig
+from megatron_ext.optim.norm import squared_norms
 from megatron_ext.optim.states import States
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -99,11 +100,11 @@ class Optimizer:
         counted = [name for name, p in self.params.items() if p.grad is not None and name not in self._uncounted]
         if not counted:
             return torch.zeros((), dtype=torch.float64, device=self._home)
-        norms = torch.stack(torch._foreach_norm([self._trained(name, _grad(self.params[name])) for name in counted]))
+        squares = squared_norms([self._trained(name, _grad(self.params[name])) for name in counted])
         if counted != self._counted:  # copied to the device once, not every step
             shares = [self._share(name) for name in counted]
-            self._counted, self._shares = counted, torch.tensor(shares, dtype=torch.float64, device=norms.device)
-        return (norms.double().square() * self._shares).sum()
+            self._counted, self._shares = counted, torch.tensor(shares, dtype=torch.float64, device=squares.device)
+        return (squares * self._shares).sum()
 
     def _share(self, name: str) -> float:
         grad = _grad(self.params[name])

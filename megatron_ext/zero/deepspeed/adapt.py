@@ -15,6 +15,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from megatron_ext.errors import RequestError
+from megatron_ext.optim import squared_norms
 from megatron_ext.zero.deepspeed.check import quiet
 
 
@@ -86,6 +87,19 @@ def sum_norm_once(optimizer: Any, device: torch.device) -> None:
         return [square.sqrt()]
 
     optimizer._get_norm_groups = norm_of_all
+
+
+def take_norms_exactly(optimizer: Any) -> None:
+    """Let the optimizer of stage 1 in bf16 take its norm of our norms: of long tensors its own are too small on a CPU."""
+    gradients_for = optimizer.get_grads_for_norm
+
+    def norms(for_clipping: bool = False) -> Any:
+        if for_clipping:
+            return gradients_for(for_clipping=True)
+        gradients, of_experts = gradients_for()
+        return ([squared_norms(gradients).sqrt()] if gradients else []), of_experts
+
+    optimizer.get_grads_for_norm = norms
 
 
 def assert_same_on_ranks(group: dist.ProcessGroup, numbers: list[int]) -> None:

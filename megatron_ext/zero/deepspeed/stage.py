@@ -10,7 +10,13 @@ from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models import Decoder
 from megatron_ext.optim import OptimizerConfig, decays
 from megatron_ext.tensor_parallel import localize_parameters
-from megatron_ext.zero.deepspeed.adapt import prepare, quiet_unless_it_fails, sum_norm_once, use_disk
+from megatron_ext.zero.deepspeed.adapt import (
+    prepare,
+    quiet_unless_it_fails,
+    sum_norm_once,
+    take_norms_exactly,
+    use_disk,
+)
 from megatron_ext.zero.deepspeed.mpu import ModelParallelUnit
 
 
@@ -48,6 +54,8 @@ class DeepSpeedStage:
             )
         if settings["zero_optimization"]["stage"] == 3:
             sum_norm_once(self.engine.optimizer, grid.device)
+        elif hasattr(self.engine.optimizer, "get_grads_for_norm"):
+            take_norms_exactly(self.engine.optimizer)
         self.module: nn.Module = self.engine
 
     def _materialise(self, settings: dict[str, Any], unit: ModelParallelUnit) -> None:
