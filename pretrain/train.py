@@ -106,6 +106,8 @@ class Trainer:
             self.console.say(f" {layout.schedule}: {cut}")
         for line in self.data.describe():
             self.console.say(f" {line}")
+        if self.config.precision.fp16:
+            self.console.say(f" {self.engine.loss_scaler.describe()}")
         if self.iteration:
             self.console.say(f" continuing from iteration {self.iteration} of {self.config.checkpoint.load}")
         if self.config.checkpoint.embedding_init is not None:
@@ -200,6 +202,7 @@ class Trainer:
             layout=layout_of(self.grid),
             has_optimizer=True,
             trainable=dataclasses.asdict(self.config.trainable),
+            precision=dataclasses.asdict(self.config.precision),
             lora=None if self.engine.config.adapters is None else dataclasses.asdict(self.engine.config.adapters),
             hugging_face=self.hugging_face,
         )

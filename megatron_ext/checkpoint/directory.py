@@ -21,10 +21,11 @@ MANIFEST = "manifest.json"
 class Manifest:
     """What a checkpoint says of itself.
 
-    trainable: fields of the TrainableConfig with which it was trained. lora: fields of its adapters' LoraConfig, None
-    where there are none. hugging_face: contents of config.json and generation_config.json, by file name, of the Hugging
-    Face model that the weights came from, for the way back. files: size in bytes of every other file in it. sha256: hex
-    digest of each of `files`; empty in checkpoints of older versions.
+    trainable: fields of the TrainableConfig with which it was trained. precision: of its PrecisionConfig; both None
+    where they are not known. lora: of its adapters' LoraConfig, None where there are none. hugging_face: contents of
+    config.json and generation_config.json, by file name, of the Hugging Face model that the weights came from, for the
+    way back. files: size in bytes of every other file in it. sha256: hex digest of each of `files`; empty in
+    checkpoints of older versions.
     """
 
     iteration: int
@@ -34,6 +35,7 @@ class Manifest:
     layout: dict[str, Any]
     has_optimizer: bool
     trainable: dict[str, Any] | None = None
+    precision: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
     hugging_face: dict[str, Any] | None = None
     files: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -159,7 +161,7 @@ def parse_manifest(checkpoint: Path, flag: str = "--load") -> Manifest:
 
 
 def _check_tables(manifest: Manifest) -> None:
-    needed, others = ("model", "layout", "files", "sha256"), ("trainable", "lora", "hugging_face")
+    needed, others = ("model", "layout", "files", "sha256"), ("trainable", "precision", "lora", "hugging_face")
     tables = {name: getattr(manifest, name) for name in (*needed, *others)}
     if isinstance(manifest.hugging_face, dict):
         tables |= {f"hugging_face.{name}": content for name, content in manifest.hugging_face.items()}

@@ -1,5 +1,6 @@
 """Reading checkpoints into an engine of any layout."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from megatron_ext.checkpoint.directory import Manifest, read_manifest
 from megatron_ext.checkpoint.read import WeightReader
 from megatron_ext.checkpoint.resize import VOCABULARY_MATRICES, ResizedWeights
 from megatron_ext.checkpoint.state import (
+    LOSS_SCALER,
     MODEL,
     State,
     fill_copies,
@@ -29,7 +31,7 @@ from megatron_ext.errors import RequestError
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models.expand import Expansion
 from megatron_ext.models.names import is_adapter
-from megatron_ext.optim import States
+from megatron_ext.optim import PrecisionConfig, States
 
 _VOCABULARY_KEYS = {MODEL + name for name in VOCABULARY_MATRICES}
 
@@ -77,12 +79,20 @@ def load_checkpoint(
     fill_copies(engine, states)
     engine.take(states)
     if with_optimizer:
-        take_counters(engine, state)
+        take_counters(engine, state, _precision(manifest, engine.config.precision, float(state[LOSS_SCALER][0])))
     if with_optimizer and same_layout:
         set_random_state(engine, state[random_key()])
     else:  # another layout has other ranks: draw anew, from the seed and the place in the run
         torch.manual_seed(engine.config.seed + manifest.iteration * engine.grid.world_size + engine.grid.random_stream)
     return manifest
+
+
+def _precision(manifest: Manifest, now: PrecisionConfig, scale: float) -> PrecisionConfig:
+    """With which flags a checkpoint was written. Older ones do not say: as those of now, unless nothing was scaled."""
+    if manifest.precision is None:
+        return now if scale != 1 else PrecisionConfig()
+    names = {field.name for field in dataclasses.fields(PrecisionConfig)}
+    return PrecisionConfig(**{name: value for name, value in manifest.precision.items() if name in names})
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_ext.engine import Engine
 from megatron_ext.models.names import EMBEDDING
-from megatron_ext.optim import States
+from megatron_ext.optim import PrecisionConfig, States
 
 State = dict[str, torch.Tensor]
 
@@ -59,10 +59,10 @@ def fill_copies(engine: Engine, states: States) -> None:
             value.copy_(states.moments[EMBEDDING][moment])
 
 
-def take_counters(engine: Engine, state: State) -> None:
-    """Give the engine the optimizer's step count and the loss scale that were loaded."""
+def take_counters(engine: Engine, state: State, written: PrecisionConfig) -> None:
+    """Give the engine the optimizer's step count and the loss scale that were loaded. written: with which flags."""
     engine.optimizer.set_step_count(state[STEPS])
-    engine.loss_scaler.state = state[LOSS_SCALER]
+    engine.loss_scaler.resume(state[LOSS_SCALER], written)
 
 
 def random_key(rank: int | None = None) -> str:

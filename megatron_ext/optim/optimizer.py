@@ -40,6 +40,7 @@ class Optimizer:
         self.config, self.grid = config, grid
         self._named = named
         self._home = next((_local(p).device for p in named.values()), grid.device)
+        self._dtype = next((p.dtype for p in named.values()), torch.float32)
         self.params = {name: p for name, p in named.items() if p.requires_grad}
         self._uncounted = uncounted
         self._counted: list[str] = []
@@ -117,24 +118,26 @@ class Optimizer:
     def _step(self, lr: float, norm: torch.Tensor, loss_scale: torch.Tensor | float) -> torch.Tensor:
         """Clip by the global `norm` of the (scaled) gradients and update; then forget the gradients.
 
-        A step whose norm is not finite changes nothing. Returns float32 1 for such a step, else 0. Nothing here
-        waits for the device, unless the update runs on the host: it cannot begin before the norm of all is there.
+        A step whose norm is not finite, or whose factor for the gradients is not, changes nothing. Returns float32 1
+        for such a step, else 0. Nothing here waits for the device, unless the update runs on the host: it cannot begin
+        before the norm of all is there.
         """
         self._gradient_bytes = held(p.grad for p in self.params.values() if p.grad is not None)
-        found_inf = (~norm.isfinite()).to(torch.float32)
+        factor = norm.new_ones(()) / loss_scale
+        if self.config.clip_grad > 0:
+            factor = factor * (self.config.clip_grad / (norm / loss_scale + 1e-6)).clamp(max=1.0)
+        factor = factor.to(self._dtype)
+        found_inf = (~(norm.isfinite() & factor.isfinite())).to(torch.float32)
         skipped = found_inf.to(self._home)
         if self._adam is not None:
-            factor = 1.0 / loss_scale
-            if self.config.clip_grad > 0:
-                factor = factor * (self.config.clip_grad / (norm / loss_scale + 1e-6)).clamp(max=1.0)
             grads = []
             for name, local in self._locals.items():
                 grad = self.params[name].grad
                 if grad is not None and local.numel():
                     local.grad = self._trained(name, grad)
                     grads.append(local.grad)
-            if grads and isinstance(factor, torch.Tensor):
-                torch._foreach_mul_(grads, factor.to(self._home, grads[0].dtype))
+            if grads and (self.config.clip_grad > 0 or isinstance(loss_scale, torch.Tensor)):
+                torch._foreach_mul_(grads, factor.to(self._home))
             for group in self._adam.param_groups:
                 group["lr"] = lr
             self._adam.found_inf = skipped  # type: ignore[attr-defined]  # the fused kernel skips by itself

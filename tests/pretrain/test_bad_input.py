@@ -21,6 +21,8 @@ from tests.pretrain.test_data import write_corpus
 
 VOCAB = 1000
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+FP16 = {"fp16": True}
+SMALL_SCALE = {"initial_loss_scale": 32, "min_loss_scale": 64}
 NO_SHAPE = dict.fromkeys(
     ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
 )
@@ -183,6 +185,32 @@ FLAGS: list[tuple[str, dict[str, Any], int]] = [
     ("--lr -0.001: must not be negative", {"lr": -0.001, "min_lr": -0.002}, 1),
     ("--min-lr 0.01 is larger than --lr 0.001", {"min_lr": 0.01}, 1),
     ("--adam-beta2 1.0: must be in [0, 1)", {"adam_beta2": 1}, 1),
+    ("--adam-eps 0.0: must be above 0", {"adam_eps": 0}, 1),
+    ("--adam-eps 1e-60: must be at least 1.2e-38, or float32", {"adam_eps": 1e-60}, 1),
+    ("--lr 1e+40: must be a number that float32 has", {"lr": 1e40}, 1),
+    ("--clip-grad -1.0: must not be negative", {"clip_grad": -1}, 1),
+    ("--clip-grad inf: must be a number", {"clip_grad": "inf"}, 1),
+    ("--weight-decay 2000.0 x --lr 0.001 is what a step takes of every weight", {"weight_decay": 2000}, 1),
+    ("--lr-decay-iters 0: must be at least 1", {"lr_decay_iters": 0}, 1),
+    ("--lr-warmup-init 0.1 is larger than --lr 0.001", {"lr_warmup_init": 0.1}, 1),
+    (
+        "--lr-warmup-init 1e-05 has no effect without --lr-warmup-iters",
+        {"lr_warmup_init": 1e-5, "lr_warmup_iters": 0},
+        1,
+    ),
+    ("--min-lr 0.0001 has no effect without a decay", {"min_lr": 1e-4, "lr_decay_style": "constant"}, 1),
+    ("--loss-scale 0.0: must be above 0; for a dynamic scale leave it out", FP16 | {"loss_scale": 0}, 1),
+    ("--loss-scale -1.0: must be above 0", FP16 | {"loss_scale": -1}, 1),
+    ("--loss-scale 1e+39: must be a number that float32 has", FP16 | {"loss_scale": 1e39}, 1),
+    ("--loss-scale nan: must be a number", FP16 | {"loss_scale": "nan"}, 1),
+    ("--hysteresis 3 has no effect without a dynamic loss scale", FP16 | {"loss_scale": 128, "hysteresis": 3}, 1),
+    ("--initial-loss-scale 0.0: must be above 0", FP16 | {"initial_loss_scale": 0}, 1),
+    ("--min-loss-scale -1.0: must be above 0", FP16 | {"min_loss_scale": -1}, 1),
+    ("--min-loss-scale 64.0 is larger than --initial-loss-scale 32.0", FP16 | SMALL_SCALE, 1),
+    ("--loss-scale-window 0: must be a whole number from 1 to 16777215", FP16 | {"loss_scale_window": 0}, 1),
+    ("--hysteresis 0: must be a whole number from 1", FP16 | {"hysteresis": 0}, 1),
+    ("--hysteresis 1.5: must be a whole number", FP16 | {"hysteresis": 1.5}, 1),
+    ("--calculate-per-token-loss: drop it, it is always so here", {"calculate_per_token_loss": True}, 1),
     ("--lr-warmup-iters 21 is beyond the end of the decay (20)", {"lr_warmup_iters": 21}, 1),
     ("--lr-decay-style WSD needs --lr-wsd-decay-iters", {"lr_decay_style": "WSD"}, 1),
     ("--lr-wsd-decay-iters 18 does not fit", {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 18}, 1),

@@ -90,7 +90,7 @@ def sum_norm_once(optimizer: Any, device: torch.device) -> None:
 
 
 def take_norms_exactly(optimizer: Any) -> None:
-    """Let the optimizer of stage 1 in bf16 take its norm of our norms: of long tensors its own are too small on a CPU."""
+    """Let stage 1's optimizer in bf16 take its norm of our norms: its own are too small of long tensors on a CPU."""
     gradients_for = optimizer.get_grads_for_norm
 
     def norms(for_clipping: bool = False) -> Any:
