@@ -24,7 +24,8 @@ class Usage:
 
 def measure(command: list[str]) -> Usage:
     """Run a command; raises RequestError, with the last line that it said, unless it ends well."""
-    result = subprocess.run([sys.executable, "-m", "benchmarks.peak", *command], capture_output=True, text=True)
+    measured = [sys.executable, "-m", "benchmarks.peak", *command]
+    result = subprocess.run(measured, capture_output=True, text=True, encoding="utf-8", errors="replace")
     if result.returncode:
         said = result.stderr.strip().splitlines() or ["nothing said"]
         raise RequestError(f"{' '.join(command)}: exit code {result.returncode} ({said[-1]})")

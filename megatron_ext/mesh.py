@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_ext.errors import RequestError
+from megatron_ext.launch import read_launch
 from megatron_ext.option import option
+from megatron_ext.rendezvous import meet
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 
@@ -105,14 +107,6 @@ class ProcessGrid:
         return f"PP {self.size('pp')} x DP {dp} x TP {self.size('tp')}"
 
 
-def world_size_from_environment() -> int:
-    """How many ranks were started: torchrun's WORLD_SIZE, or one. Raises RequestError where that is no number."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise RequestError(f"WORLD_SIZE {text}: the environment variable must be a whole number above 0")
-    return int(text)
-
-
 def local_device() -> torch.device:
     """This rank's device: its own GPU where there are any, else the CPU."""
     if torch.cuda.is_available():
@@ -123,25 +117,25 @@ def local_device() -> torch.device:
 def init_distributed(timeout_minutes: int = 30) -> torch.device:
     """Join the world that torchrun started, or make one of a single process.
 
-    NCCL carries CUDA tensors and gloo CPU tensors. Returns this rank's device.
+    NCCL carries CUDA tensors and gloo CPU tensors. Returns this rank's device. Raises RequestError where the
+    environment is not that of a launcher, or the ranks do not find each other.
     """
+    launch = read_launch()
     device = local_device()
     if device.type == "cuda":
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        local_ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device.index + 1)
         if local_ranks > torch.cuda.device_count():
             raise RequestError(
-                f"{local_ranks} ranks were started on a node with {torch.cuda.device_count()} GPUs: "
+                f"{local_ranks} ranks were started on a node of which {torch.cuda.device_count()} GPUs are visible: "
                 f"use torchrun --nproc-per-node {torch.cuda.device_count()}"
             )
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "WORLD_SIZE" in os.environ:
-        if os.environ.get("MASTER_PORT") == "0":  # the ranks would wait for each other for ever
-            raise RequestError("MASTER_PORT is 0: give torchrun a free --master-port, or start it with --standalone")
-        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    rank, world = (0, 1) if launch is None else (launch.rank, launch.world_size)
+    store = dist.HashStore() if launch is None else meet(launch, timeout)
+    device_id = device if device.type == "cuda" else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id)
     return device
 
 

@@ -10,6 +10,7 @@ import time
 import warnings
 
 from megatron_ext.errors import RequestError
+from tokenizer.streams import begin_in_utf8, keep_streams_open
 
 
 def main(arguments: list[str]) -> int:
@@ -47,11 +48,13 @@ def _refuse(message: str) -> int:
 
     They wait for that, so that the first one is heard; a rank that is alone in refusing speaks after the wait.
     """
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return 2
 
 
 if __name__ == "__main__":
+    begin_in_utf8()
+    keep_streams_open()
     sys.exit(main(sys.argv[1:]))

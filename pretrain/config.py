@@ -7,7 +7,8 @@ from megatron_ext.checkpoint import find_checkpoint, has_checkpoints
 from megatron_ext.engine import BatchConfig, EngineConfig, RecomputeConfig
 from megatron_ext.errors import RequestError
 from megatron_ext.kernels import KernelConfig
-from megatron_ext.mesh import ParallelConfig, world_size_from_environment
+from megatron_ext.launch import world_size_from_environment
+from megatron_ext.mesh import ParallelConfig
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.expand import METHODS
 from megatron_ext.optim import OptimizerConfig, PrecisionConfig, TrainableConfig

@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 an audit with --strict found something, 2 the request is w
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from tokenizer.huggingface import HUGGINGFACE_FILES, huggingface_files
 from tokenizer.load import open_tokenizer
 from tokenizer.merge import MODES, PAD, merge_chinese_llama
 from tokenizer.picture import draw, require_matplotlib
+from tokenizer.streams import keep_streams_open, output_is_incomplete
 from tokenizer.train import train
 
 _TOKENIZER = "a SentencePiece model, a tokenizer.json, or a directory with one"
@@ -233,5 +233,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # head may end before a report does
-    sys.exit(main())
+    keep_streams_open()
+    sys.exit(main() or int(output_is_incomplete()))

@@ -1,13 +1,14 @@
 """What every program in this room does alike: a parser with one-line errors, and exit code 2 for a wrong request."""
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_ext.errors import RequestError
+from megatron_ext.launch import refuse_ranks
+from tokenizer.streams import keep_streams_open, output_is_incomplete
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,14 +27,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(parser: Parser, work: Callable[[argparse.Namespace], int], arguments: Sequence[str] | None) -> int:
-    """Parse and work; gives the exit code: what `work` returns, or 2 after one line that says what is wrong."""
+    """Parse and work; gives the exit code: what `work` returns, or 2 after one line that says what is wrong.
+
+    A reader that has seen enough (| head) ends nothing; output that did not fit on a disk makes a 0 a 1.
+    """
+    keep_streams_open()
     try:
-        code = work(parser.parse_args(arguments))
-        print(end="", flush=True)
-        return code
-    except BrokenPipeError:  # whoever read has seen enough (| head); python would complain once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        options = parser.parse_args(arguments)
+        refuse_ranks()
+        return work(options) or int(output_is_incomplete())
     except RequestError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

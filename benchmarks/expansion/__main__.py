@@ -77,7 +77,7 @@ class Results:
 
     def __init__(self, file: Path):
         self._file = file
-        self.by_name: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        self.by_name: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def run(self, setting: Setting, trials: list[Trial], jobs: int, title: str) -> None:
         missing = [trial for trial in trials if trial.name not in self.by_name]
@@ -87,7 +87,7 @@ class Results:
             for future in as_completed(futures):
                 self.by_name[futures[future].name] = future.result()
                 temporary = self._file.with_suffix(".tmp")
-                temporary.write_text(json.dumps(self.by_name, indent=1) + "\n")
+                temporary.write_text(json.dumps(self.by_name, indent=1) + "\n", encoding="utf-8")
                 os.replace(temporary, self._file)
                 bar.update()
 

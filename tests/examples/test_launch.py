@@ -47,7 +47,7 @@ def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recorded(recorder: Path) -> list[list[str]]:
-    return [json.loads(line) for line in Path(f"{recorder}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in Path(f"{recorder}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def command(folder: Path, recorder: Path, script: str, *flags: str, **variables: str) -> list[str]:

@@ -78,7 +78,7 @@ def start(arguments: Iterable[str], **environment: str) -> subprocess.Popen[str]
 
 
 def metrics(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def curve(file: Path) -> list[tuple[float, ...]]:

@@ -351,7 +351,7 @@ def overwrite(file: Path, content: bytes) -> None:
 
 
 def edit(manifest: Path, **fields: Any) -> None:
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | fields))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text(encoding="utf-8")) | fields), encoding="utf-8")
 
 
 ITER = "saved/iter_0000001"

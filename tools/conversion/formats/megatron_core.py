@@ -89,9 +89,10 @@ def write_megatron(source: Source, folder: Path) -> None:
                 "common_backend": "torch",
                 "common_backend_version": 1,
             }
-        )
+        ),
+        encoding="utf-8",
     )
-    (folder / _TRACKER).write_text(_RELEASE)
+    (folder / _TRACKER).write_text(_RELEASE, encoding="utf-8")
 
 
 def _stacked(layers: int) -> Callable[[str], Place]:
