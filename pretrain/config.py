@@ -54,6 +54,9 @@ class CheckpointConfig:
         None, "SentencePiece model of the checkpoint, which --tokenizer-model extends", metavar="FILE"
     )
     embedding_norm_correction: bool = option(False, "scale new rows to the mean norm of the old ones")
+    change_tokenizer: bool = option(
+        False, "with --finetune: train on with another tokenizer than the checkpoint's, whose ids mean other pieces"
+    )
 
     def validate(self) -> None:
         if self.save is None:
@@ -64,6 +67,13 @@ class CheckpointConfig:
             raise RequestError(f"--save-interval {self.save_interval}: must be at least 1")
         if self.finetune and self.load is None:
             raise RequestError("--finetune needs --load")
+        if self.change_tokenizer and not self.finetune:
+            raise RequestError(
+                "--change-tokenizer needs --load and --finetune: optimizer states and the place in the data belong to "
+                "the old tokenizer and cannot go on"
+            )
+        if self.change_tokenizer and self.embedding_init is not None:
+            raise RequestError("--change-tokenizer has no effect with --embedding-init, which changes it too")
         self._validate_resize()
         if self.save is not None and has_checkpoints(self.save) and not self.continues_in_place:
             raise RequestError(

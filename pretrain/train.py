@@ -21,6 +21,7 @@ from pretrain.logs import Console, Log, open_logs, trim_metrics
 from pretrain.memory import memory_figures, memory_table
 from pretrain.resize import plan_expansion
 from pretrain.results import ResultQueue, StepResult
+from pretrain.run_tokenizer import run_tokenizer
 from pretrain.stop import StopRequest
 from pretrain.throughput import Throughput
 
@@ -50,6 +51,7 @@ class Trainer:
         self.train_iters, self.batch_size = config.training.train_iters, batch.global_batch_size
         loaded = self._load()
         self.hugging_face = None if loaded is None else loaded.hugging_face
+        self.tokenizer = run_tokenizer(config, loaded)
         continued = None if config.checkpoint.finetune else loaded
         self.iteration = self.started_at = 0 if continued is None else continued.iteration
         self.consumed_samples = 0 if continued is None else continued.consumed_samples
@@ -104,6 +106,7 @@ class Trainer:
                 for i, (stage, rank) in enumerate(zip(layout.stages, layout.rank_of, strict=True))
             )
             self.console.say(f" {layout.schedule}: {cut}")
+        self.console.say(f" tokenizer: {self.tokenizer or 'not known, and not noted in checkpoints'}")
         for line in self.data.describe():
             self.console.say(f" {line}")
         if self.config.precision.fp16:
@@ -205,6 +208,7 @@ class Trainer:
             precision=dataclasses.asdict(self.config.precision),
             lora=None if self.engine.config.adapters is None else dataclasses.asdict(self.engine.config.adapters),
             hugging_face=self.hugging_face,
+            tokenizer=None if self.tokenizer is None else self.tokenizer.plain(),
         )
         self.writer.save(manifest, {"run.yaml": self.resolved})
         self.saved_at = self.iteration

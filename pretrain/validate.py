@@ -11,6 +11,7 @@ from megatron_ext.option import refuse_unused
 from pretrain.config import RunConfig
 from pretrain.data import check_data
 from pretrain.resize import plan_expansion
+from pretrain.run_tokenizer import run_tokenizer
 
 NEEDS_CUDA = ("cudnn", "efficient")
 
@@ -33,11 +34,12 @@ def validate(config: RunConfig) -> None:
     if not config.data.eod_flags:
         needed = "--reset-position-ids, --reset-attention-mask or --eod-mask-loss"
         refuse_unused(config.data, ("eod_token_id",), needed)
-    checkpoint = config.checkpoint.find()
+    checkpoint, manifest = config.checkpoint.find(), None
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
         check_compatible(manifest, config.model, checkpoint, plan_expansion(config))
         check_trained(manifest, config.engine(), checkpoint, config.checkpoint.finetune)
+    run_tokenizer(config, manifest)
     if config.checkpoint.save is not None:
         check_writable(config.checkpoint.save)
     for name in ("tensorboard_dir", "wandb_save_dir"):

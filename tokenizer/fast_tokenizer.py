@@ -5,6 +5,8 @@ from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
 
+from tokenizer.tokenizer_json import first_token
+
 _SPACE = "▁"
 
 
@@ -33,12 +35,13 @@ def why_no_fast_tokenizer(proto: ModelProto) -> str | None:
     return None
 
 
-def fast_tokenizer(proto: ModelProto, special: dict[str, str]) -> dict[str, Any]:
+def fast_tokenizer(proto: ModelProto, special: dict[str, str], add_bos: bool = True) -> dict[str, Any]:
     """The content of `tokenizer.json` for a model of which `why_no_fast_tokenizer` has nothing to say.
 
     Args:
         proto: the model.
         special: the role of a special token (`bos_token`) to its piece.
+        add_bos: texts begin with the token for that, if there is one.
     """
     ids = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
@@ -47,7 +50,6 @@ def fast_tokenizer(proto: ModelProto, special: dict[str, str]) -> dict[str, Any]
     if proto.normalizer_spec.add_dummy_prefix:
         normalizers.insert(0, {"type": "Prepend", "prepend": _SPACE})
         strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-    first = [{"SpecialToken": {"id": special["bos_token"], "type_id": 0}}] if "bos_token" in special else []
     return {
         "version": "1.0",
         "truncation": None,
@@ -59,20 +61,9 @@ def fast_tokenizer(proto: ModelProto, special: dict[str, str]) -> dict[str, Any]
         ],
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [*first, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                *first,
-                {"Sequence": {"id": "A", "type_id": 0}},
-                *({"SpecialToken": {"id": special["bos_token"], "type_id": 1}} for _ in first),
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {
-                text: {"id": text, "ids": [ids[text]], "tokens": [text]}
-                for text in ([special["bos_token"]] if first else [])
-            },
-        },
+        "post_processor": first_token(special["bos_token"], ids[special["bos_token"]])
+        if add_bos and "bos_token" in special
+        else first_token(None, None),
         "decoder": {
             "type": "Sequence",
             "decoders": [

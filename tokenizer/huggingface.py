@@ -15,16 +15,17 @@ from tokenizer.fast_tokenizer import fast_tokenizer, why_no_fast_tokenizer
 HUGGINGFACE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def huggingface_files(proto: ModelProto, pad_token: str | None = None) -> dict[str, bytes]:
+def huggingface_files(proto: ModelProto, pad_token: str | None = None, add_bos: bool = True) -> dict[str, bytes]:
     """The files to lie beside `tokenizer.model`, among them `tokenizer.json` where there is an exact one.
 
-    As LLaMA's tokenizer does, encoding puts the begin-of-sentence token first unless `add_special_tokens=False`. As
-    for sentencepiece, a `</s>` within a text is text (`split_special_tokens=False` makes it the token). One limit is
+    As sentencepiece, a `</s>` within a text is text (`split_special_tokens=False` makes it the token). One limit is
     transformers' own: SentencePieceBackend's decoding shows byte pieces as `<0x0A>`; sentencepiece decodes them.
 
     Args:
         proto: the model.
         pad_token: the piece for padding, where the model does not say.
+        add_bos: encoding puts the begin-of-sentence token first, as LLaMA's tokenizer does, unless it is called with
+            `add_special_tokens=False`.
     """
     names = _special_tokens(proto)
     if pad_token:
@@ -34,12 +35,12 @@ def huggingface_files(proto: ModelProto, pad_token: str | None = None) -> dict[s
         "tokenizer_class": "PreTrainedTokenizerFast" if exact else "SentencePieceBackend",
         **names,
         "legacy": True,  # SentencePieceBackend: encode with the model as it is, its dummy prefix included
-        "special_tokens_pattern": "bos" if "bos_token" in names else "none",
+        "special_tokens_pattern": "bos" if add_bos and "bos_token" in names else "none",
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
     }
-    fast = {"tokenizer.json": _json(fast_tokenizer(proto, names))} if exact else {}
+    fast = {"tokenizer.json": _json(fast_tokenizer(proto, names, add_bos))} if exact else {}
     return {**fast, "tokenizer_config.json": _json(config), "special_tokens_map.json": _json(names)}
 
 

@@ -1,7 +1,8 @@
 """What may be asked of a tokenizer, whatever its format."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -18,6 +19,8 @@ class TokenizerFile:
         byte_ids: ids that stand for less than a character: the byte pieces of a model with byte fallback; in
             byte-level BPE the pieces whose bytes are no whole UTF-8 characters.
         unk_id, bos_id, eos_id, pad_id: None where the tokenizer has none.
+        rules_sha256: of how text is cut into pieces: scores or merges, and what is done to the text before. Equal for
+            two files of one kind that do the same, such as one that was written anew.
     """
 
     path: Path
@@ -30,6 +33,12 @@ class TokenizerFile:
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
+    rules_sha256: str = field(kw_only=True)
+
+    @property
+    def vocabulary_sha256(self) -> str:
+        """Of which piece every id is: the same in any form and under any name."""
+        return digest(*(f"{index} {self.pieces[index]}" for index in sorted(self.pieces)))
 
     def beside(self, name: str) -> Path | None:
         """The file `name` of the same Hugging Face directory, None where there is none.
@@ -38,6 +47,15 @@ class TokenizerFile:
         """
         path = self.path.with_name(name)
         return path if self.path.stem == "tokenizer" and path.is_file() else None
+
+
+def digest(*parts: str | bytes) -> str:
+    """SHA-256 of several parts, in hex; where one ends counts."""
+    total = hashlib.sha256()
+    for part in parts:
+        content = part.encode(errors="surrogatepass") if isinstance(part, str) else part
+        total.update(len(content).to_bytes(8, "little") + content)
+    return total.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 sentencepiece and tokenizers are imported where they are used: training asks only for a vocabulary's size.
 """
 
+import array
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizer.errors import TokenizerError
-from tokenizer.interface import Tokenizer, TokenizerFile
+from tokenizer.interface import Tokenizer, TokenizerFile, digest
 from tokenizer.tokenizer_json import is_json, open_json, read_json
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def read_tokenizer(flag: str, name: str | Path) -> TokenizerFile:
     sha256 = hashlib.sha256(content).hexdigest()
     if is_json(path, content):
         return read_json(flag, path, content, sha256)
-    return _facts(path, sha256, _processor(flag, path, content))
+    return _facts(path, sha256, content, _processor(flag, path, content))
 
 
 def open_tokenizer(flag: str, name: str | Path) -> Tokenizer:
@@ -47,7 +48,7 @@ def open_tokenizer(flag: str, name: str | Path) -> Tokenizer:
     if is_json(path, content):
         return open_json(flag, path, content, sha256)
     model = _processor(flag, path, content)
-    facts = _facts(path, sha256, model)
+    facts = _facts(path, sha256, content, model)
     return Tokenizer(**vars(facts), encode=model.encode, decode=model.decode)
 
 
@@ -92,7 +93,7 @@ def _processor(flag: str, path: Path, content: bytes) -> "SentencePieceProcessor
     raise TokenizerError(f"{flag} {path} {problem}")
 
 
-def _facts(path: Path, sha256: str, model: "SentencePieceProcessor") -> TokenizerFile:
+def _facts(path: Path, sha256: str, content: bytes, model: "SentencePieceProcessor") -> TokenizerFile:
     ids = list(range(model.vocab_size()))
     special = (model.unk_id(), model.bos_id(), model.eos_id(), model.pad_id())
     return TokenizerFile(
@@ -103,4 +104,18 @@ def _facts(path: Path, sha256: str, model: "SentencePieceProcessor") -> Tokenize
         dict(zip(ids, model.id_to_piece(ids), strict=True)),
         frozenset(index for index, byte in zip(ids, model.is_byte(ids), strict=True) if byte),
         *(index if index >= 0 else None for index in special),
+        rules_sha256=_rules(content),
     )
+
+
+def _rules(content: bytes) -> str:
+    """Digest of what a SentencePiece model says of its pieces and of normalization, and not of its training."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    proto = ModelProto.FromString(content)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    settings = (trainer.model_type, trainer.byte_fallback, trainer.treat_whitespace_as_suffix)
+    spaces = (normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces)
+    scores = array.array("f", (piece.score for piece in proto.pieces)).tobytes()
+    kinds = bytes(piece.type for piece in proto.pieces)
+    return digest(repr((*map(int, settings), *map(int, spaces))), normalizer.precompiled_charsmap, scores, kinds)

@@ -1,12 +1,14 @@
 """Hugging Face's tokenizer.json: what it says of itself, and its use."""
 
+import functools
 import json
+import operator
 import re
 from pathlib import Path
 from typing import Any
 
 from tokenizer.errors import TokenizerError
-from tokenizer.interface import Tokenizer, TokenizerFile
+from tokenizer.interface import Tokenizer, TokenizerFile, digest
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
@@ -36,7 +38,8 @@ def why_not_a_model(content: bytes) -> str:
 def read_json(flag: str, path: Path, content: bytes, sha256: str) -> TokenizerFile:
     """Read a tokenizer.json, and the names of special tokens in the tokenizer_config.json beside it.
 
-    Without that file the names are `<s>` and `</s>`, and there is no padding.
+    Those that it does not name may stand in a special_tokens_map.json. Without both files the names are `<s>` and
+    `</s>`, and there is no padding.
 
     Raises:
         TokenizerError: it is something else, or the configuration is no JSON object.
@@ -45,10 +48,9 @@ def read_json(flag: str, path: Path, content: bytes, sha256: str) -> TokenizerFi
     kind, model, ids = _kind(parsed), parsed["model"], dict(entries(parsed))
     unk = model.get("unk_id") if isinstance(model["vocab"], list) else ids.get(model.get("unk_token"))
     pieces = {index: piece for piece, index in ids.items()}
-    settings = path.with_name("tokenizer_config.json")
-    names = {"bos_token": "<s>", "eos_token": "</s>"}
-    if settings.is_file():
-        names = special_names(read_object(flag, settings))
+    beside = [path.with_name(name) for name in ("special_tokens_map.json", "tokenizer_config.json")]
+    found = [special_names(read_object(flag, settings)) for settings in beside if settings.is_file()]
+    names = functools.reduce(operator.or_, found) if found else {"bos_token": "<s>", "eos_token": "</s>"}
     return TokenizerFile(
         path,
         sha256,
@@ -58,6 +60,7 @@ def read_json(flag: str, path: Path, content: bytes, sha256: str) -> TokenizerFi
         _byte_ids(kind, model, pieces),
         unk,
         *(ids.get(names.get(name, "")) for name in ("bos_token", "eos_token", "pad_token")),
+        rules_sha256=_rules(parsed),
     )
 
 
@@ -136,11 +139,47 @@ def read_object(flag: str, path: Path) -> dict[str, Any]:
     return value
 
 
+def first_token(piece: str | None, index: int | None) -> dict[str, Any]:
+    """A post-processor that puts a token before every text, or nothing."""
+    first, second = ([{"SpecialToken": {"id": piece, "type_id": kind}}] if piece is not None else [] for kind in (0, 1))
+    single = [*first, {"Sequence": {"id": "A", "type_id": 0}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, *second, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {} if piece is None else {piece: {"id": piece, "ids": [index], "tokens": [piece]}},
+    }
+
+
+def with_first_token(parsed: dict[str, Any], piece: str, index: int, wanted: bool) -> dict[str, Any]:
+    """A tokenizer.json whose texts begin with a token, or do not; what else is done to ids stays."""
+    own = parsed.get("post_processor")
+    steps = [] if own is None else own["processors"] if own["type"] == "Sequence" else [own]
+    adding = [step for step in steps if "special_tokens" in step or "cls" in step]
+    if any(piece in json.dumps(step, ensure_ascii=False) for step in adding) == wanted:
+        return parsed
+    kept = [step for step in steps if step not in adding]
+    if wanted:
+        kept.append(first_token(piece, index))
+    made = {"type": "Sequence", "processors": kept} if len(kept) > 1 else kept[0] if kept else None
+    return parsed | {"post_processor": made}
+
+
 def _kind(parsed: dict[str, Any]) -> str:
     model = parsed["model"]
     kind = model.get("type") or ("BPE" if "merges" in model else "tokenizer.json")
     stages = json.dumps([parsed.get("pre_tokenizer"), parsed.get("decoder")])
     return "byte-level BPE" if kind == "BPE" and '"type": "ByteLevel"' in stages else kind
+
+
+def _rules(parsed: dict[str, Any]) -> str:
+    """Digest of merges or scores and of what is done to text before; not of what is added around it or left out."""
+    model = parsed["model"]
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or ()]
+    scores = [score for _, score in model["vocab"]] if isinstance(model["vocab"], list) else []
+    switches = [bool(model.get(name)) for name in ("byte_fallback", "ignore_merges", "fuse_unk")]
+    before = [parsed.get("normalizer"), parsed.get("pre_tokenizer")]
+    return digest(json.dumps([merges, scores, switches, before], sort_keys=True))
 
 
 def _byte_ids(kind: str, model: dict[str, Any], pieces: dict[int, str]) -> frozenset[int]:

@@ -38,6 +38,7 @@ from megatron_ext.models.expand import METHODS
 from tools.command import Parser, run_to_write
 from tools.conversion.changes.cast import CastWeights
 from tools.conversion.changes.resize import Resized, resize, write_report
+from tools.conversion.changes.tokenizer import given, recognised
 from tools.conversion.families import FAMILIES
 from tools.conversion.formats import tokenizer_files
 from tools.conversion.formats.hf_folder import open_hf, write_hf
@@ -70,7 +71,12 @@ def build_parser() -> Parser:
     parser.add_argument("--to", dest="target", choices=targets, required=True)
     parser.add_argument("--input", required=True, metavar="DIR", help="a checkpoint, or a folder with a `latest` one")
     parser.add_argument("--output", required=True, metavar="DIR", help="must not exist yet")
-    parser.add_argument("--tokenizer", metavar="DIR|FILE", help="of the result; to hf: its files go beside the weights")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR|FILE", help="of the model, is noted in the result; to hf: its files go beside it"
+    )
+    parser.add_argument(
+        "--change-tokenizer", action="store_true", help="--tokenizer is the model's from now on, and was not before"
+    )
     parser.add_argument("--dtype", choices=tuple(_DTYPES), help="of the written weights (default: as stored)")
     parser.add_argument("--max-shard-gb", type=float, help=f"to hf: size of a safetensors file (default: {_SHARD_GB})")
     parser.add_argument(
@@ -109,6 +115,9 @@ def work(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace, output: Path) -> None:
     original = _open(options)
     _check_changes(options, original)
+    beside = options.tokenizer is None and options.source == options.target == "hf"  # comes along as it is
+    if not beside:
+        original = recognised(original)
     dtype = None if options.dtype is None else _DTYPES[options.dtype]
     source = original
     if dtype is not None:
@@ -117,18 +126,33 @@ def _convert(options: argparse.Namespace, output: Path) -> None:
     if resized is not None:
         source = resized.source
     if options.tokenizer is not None:
-        tokenizer = Path(options.tokenizer)
-        ids = tokenizer_files.token_ids(tokenizer_files.read(tokenizer, source))
-        source = source.with_tokenizer(tokenizer, ids)
+        path, base = Path(options.tokenizer), options.base_tokenizer and Path(options.base_tokenizer)
+        record = given(path, source, options.change_tokenizer, base, f"--input {options.input}")
+        source = dataclasses.replace(source, tokenizer=path, record=record)
     check_room(output, source.weights)
     with appearing(output) as folder:
         _write(source, folder, options)
+        if options.target == "hf":
+            _write_tokenizer(source, folder, beside)
         if resized is not None:
             write_report(resized.report(), folder)
         if not options.no_verify:
             before = Form(original, Path(options.input) if options.source == "hf" else None)
             after = Form(_OPEN[options.target](folder), folder if options.target == "hf" else None)
             print(prove(before, dtype, source, after))
+
+
+def _write_tokenizer(source: Source, folder: Path, beside: bool) -> None:
+    """Put the tokenizer's files beside the weights, and say what transformers makes of them."""
+    if source.tokenizer is None:
+        known = "is not known, so config.json names no ids of its special tokens"
+        if source.record is not None:
+            known = f"is {source.record}; config.json has the ids of its special tokens"
+        print(f"no tokenizer files are written: the model's tokenizer {known}; give it with --tokenizer")
+    elif beside or source.record is None:
+        tokenizer_files.copy(source.tokenizer, folder)
+    else:
+        print(tokenizer_files.write("--tokenizer", source.tokenizer, source.record, folder))
 
 
 def _export_adapters(options: argparse.Namespace, output: Path) -> None:
@@ -166,16 +190,18 @@ def _check_flags(options: argparse.Namespace) -> None:
     if options.target == "peft":
         if options.source != "native":
             raise RequestError(f"--from {options.source} --to peft: adapters are exported from native checkpoints only")
-        for name in ("tokenizer", "dtype", "embedding_init"):
-            if getattr(options, name) is not None:
+        for name in ("tokenizer", "dtype", "embedding_init", "change_tokenizer"):
+            if getattr(options, name) not in (None, False):
                 raise RequestError(f"--{name.replace('_', '-')} has no effect with --to peft")
     if options.embedding_init is None:
         for name in ("base_tokenizer", "embedding_norm_correction", "seed"):
             if getattr(options, name) not in (None, False):
                 raise RequestError(f"--{name.replace('_', '-')} has no effect without --embedding-init")
-        if options.target != "hf" and options.tokenizer is not None:
-            raise RequestError(f"--tokenizer has no effect with --to {options.target} unless --embedding-init is given")
+        if options.change_tokenizer and options.tokenizer is None:
+            raise RequestError("--change-tokenizer needs --tokenizer: the model's tokenizer from now on")
         return
+    if options.change_tokenizer:
+        raise RequestError("--change-tokenizer has no effect with --embedding-init, which changes it too")
     for name, what in (("base_tokenizer", "that the model has"), ("tokenizer", "that it is to have")):
         if getattr(options, name) is None:
             flag = name.replace("_", "-")
@@ -193,8 +219,7 @@ def _check_changes(options: argparse.Namespace, source: Source) -> None:
     if source.merged_adapters or source.has_optimizer:
         return
     changes = ["dtype", "embedding_init", *(name for name, (_, form) in _OF_ONE_FORM.items() if form == options.source)]
-    if options.source == "hf":
-        changes.append("tokenizer")
+    changes.append("tokenizer")
     if options.source == options.target and all(getattr(options, name) is None for name in changes):
         *flags, last = (f"--{name.replace('_', '-')}" for name in changes)
         way = f"--from {options.source} --to {options.target}"
@@ -223,8 +248,6 @@ def _write(source: Source, folder: Path, options: argparse.Namespace) -> None:
             write_megatron(source, folder)
         else:
             write_hf(source, folder, int((options.max_shard_gb or _SHARD_GB) * 1e9), options.model_type)
-            if source.tokenizer is not None:
-                tokenizer_files.copy(source.tokenizer, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

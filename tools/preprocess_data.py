@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_ext.errors import RequestError
+from tokenizer.record import record_of
 from tools.command import Parser, run_to_write
 from tools.preprocessing.documents import read_chunks, size_on_disk
 from tools.preprocessing.encode import Recipe, encode_all, open_encoder
@@ -113,6 +114,7 @@ def preprocess(args: argparse.Namespace) -> str:
                     "vocab_size": encoder.vocab_size,
                     "tokenizer": encoder.path.name,
                     "tokenizer_sha256": encoder.sha256,
+                    "tokenizer_record": record_of(encoder).plain(),
                     "append_eod": args.append_eod,
                     "prepend_bos": args.prepend_bos,
                     "eod_token_id": encoder.eos_id,

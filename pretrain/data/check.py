@@ -1,22 +1,16 @@
 """Is the data what training needs? Asked before anything is started, answered in seconds."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_ext.errors import RequestError
 from pretrain.data.config import DataConfig
 from pretrain.data.corpora import Corpus, read_corpora, require_training_samples
-from pretrain.data.tokenizer_file import TokenizerFile, eod_token, read_tokenizer
+from pretrain.data.sidecar import check_tokenizers, read_sidecar
+from pretrain.data.tokenizer_file import eod_token, read_tokenizer
 
 SCAN_BYTES = 16 << 20
-SIDECAR_BYTES = 64 << 10
-SIDECAR_KEYS = {
-    "documents", "tokens", "max_token_id", "append_eod", "eod_token_id", "tokenizer", "tokenizer_sha256",
-}  # fmt: skip
 
 
 def check_data(config: DataConfig, seq_length: int, vocab_size: int, *, splits: Sequence[str] = ("train",)) -> None:
@@ -43,12 +37,13 @@ def check_data(config: DataConfig, seq_length: int, vocab_size: int, *, splits: 
             f"--tokenizer-model {config.tokenizer_model}: tokenizer larger than the vocabulary: it has "
             f"{tokenizer.vocab_size} pieces, --vocab-size is {vocab_size}; set --vocab-size {tokenizer.vocab_size}"
         )
+    check_tokenizers(config)
     eod = eod_token(config) if config.eod_flags else None
     if eod is not None and not 0 <= eod < vocab_size:
         raise RequestError(f"--eod-token-id {eod} is outside the vocabulary of {vocab_size}")
     require_training_samples(corpora, config.split, seq_length)
     for corpus in corpora:
-        _check_tokens(corpus, config, tokenizer, vocab_size, eod)
+        _check_tokens(corpus, config, vocab_size, eod)
     for split in splits:
         if not any(corpus.samples(split, seq_length) for corpus in corpora):
             raise RequestError(
@@ -57,9 +52,7 @@ def check_data(config: DataConfig, seq_length: int, vocab_size: int, *, splits: 
             )
 
 
-def _check_tokens(
-    corpus: Corpus, config: DataConfig, tokenizer: TokenizerFile | None, vocab_size: int, eod: int | None
-) -> None:
+def _check_tokens(corpus: Corpus, config: DataConfig, vocab_size: int, eod: int | None) -> None:
     sidecar = read_sidecar(corpus)
     if sidecar is None:
         count = min(corpus.index.tokens, SCAN_BYTES // corpus.index.dtype.itemsize)
@@ -74,40 +67,8 @@ def _check_tokens(
             f"--data-path {corpus.prefix}: token id {high if low >= 0 else low} is outside the vocabulary of "
             f"{vocab_size}; the corpus was made with another tokenizer, or --vocab-size is too small"
         )
-    if sidecar and tokenizer and sidecar["tokenizer_sha256"] != tokenizer.sha256:
-        raise RequestError(
-            f"--tokenizer-model {config.tokenizer_model} is not what made {corpus.prefix} "
-            f"({sidecar['tokenizer']}, sha256 {sidecar['tokenizer_sha256'][:12]}...); "
-            "give that one, or preprocess again"
-        )
     if not has_eod:
         raise RequestError(
             f"{', '.join(config.eod_flags)}: no document of --data-path {corpus.prefix} ends with token {eod}; "
             "preprocess it with --append-eod, or give the right --eod-token-id"
         )
-
-
-def read_sidecar(corpus: Corpus) -> dict[str, Any] | None:
-    """What tools.preprocess_data noted of a corpus in PREFIX.json; None where there is no such note.
-
-    Another tool's PREFIX.json, perhaps the raw text itself, is not taken for one.
-
-    Raises:
-        RequestError: the note speaks of other data than the index.
-    """
-    path = Path(corpus.prefix + ".json")
-    if not path.is_file() or path.stat().st_size > SIDECAR_BYTES:
-        return None
-    try:
-        sidecar = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(sidecar, dict) or not sidecar.keys() >= SIDECAR_KEYS:
-        return None
-    documents, tokens = len(corpus.index.lengths), corpus.index.tokens
-    if (sidecar["documents"], sidecar["tokens"]) != (documents, tokens):
-        raise RequestError(
-            f"--data-path {corpus.prefix}: {path} describes {sidecar['documents']} documents of {sidecar['tokens']} "
-            f"tokens, the index {documents} of {tokens}; preprocess again, or move {path} away"
-        )
-    return sidecar

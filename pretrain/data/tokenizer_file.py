@@ -7,14 +7,14 @@ from tokenizer.errors import TokenizerError
 from tokenizer.interface import TokenizerFile
 
 
-def read_tokenizer(name: str) -> TokenizerFile:
-    """Read the tokenizer of `--tokenizer-model`, as `tokenizer.load.read_tokenizer` does.
+def read_tokenizer(name: str, flag: str = "--tokenizer-model") -> TokenizerFile:
+    """Read the tokenizer that a flag names, as `tokenizer.load.read_tokenizer` does.
 
     Raises:
         RequestError: it is missing, or no tokenizer.
     """
     try:
-        return load.read_tokenizer("--tokenizer-model", name)
+        return load.read_tokenizer(flag, name)
     except TokenizerError as error:
         raise RequestError(str(error)) from None
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from megatron_ext.checkpoint.read import Weights
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, parameter_shapes
+from tokenizer.record import TokenizerRecord
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -26,9 +27,10 @@ class Source:
     Attributes:
         weights: by our global names; all that `model` has, and no others.
         tokenizer: file or folder of the tokenizer that lies beside the weights, if one does.
+        record: which tokenizer's ids the model was trained on; None where that is not known.
         origin: where it comes from, for the manifest.
         hugging_face: contents of config.json and generation_config.json by file name, as they came: what they say
-            beyond the shape is to arrive with the weights. Where neither did: ids of special tokens, or nothing.
+            beyond the shape is to arrive with the weights. None where neither did.
         merged_adapters: how many low-rank adapters of the source have become part of the weights.
         has_optimizer: an optimizer's state lies beside the weights, which stays behind.
     """
@@ -38,14 +40,9 @@ class Source:
     tokenizer: Path | None
     origin: str
     hugging_face: dict[str, Any] | None = None
+    record: TokenizerRecord | None = None
     merged_adapters: int = 0
     has_optimizer: bool = False
-
-    def with_tokenizer(self, tokenizer: Path, token_ids: dict[str, int | None]) -> "Source":
-        """Itself with another tokenizer, and its ids of special tokens where they differ from what came along."""
-        files = self.hugging_face or {CONFIG: {}}
-        updated = {name: _with_ids(content, token_ids) for name, content in files.items()}
-        return dataclasses.replace(self, tokenizer=tokenizer, hugging_face=updated)
 
     def check(self, where: str, description: str) -> "Source":
         """Itself, or RequestError naming the first weight that is missing, left over or of another shape.
@@ -86,17 +83,6 @@ def check_dtypes(found: dict[str, torch.dtype], where: str) -> None:
                 f"{where}: {name} is stored as {str(dtype).removeprefix('torch.')}, which cannot be converted; "
                 f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)} can"
             )
-
-
-def _with_ids(content: dict[str, Any], token_ids: dict[str, int | None]) -> dict[str, Any]:
-    """A model may end at several tokens, or pad with one that its tokenizer does not know: that stays."""
-    content = dict(content)
-    for name, index in token_ids.items():
-        known = content.get(name)
-        several = isinstance(known, list) and index in known
-        if name not in content or (index is not None and not several):
-            content[name] = index
-    return content
 
 
 class WatchedWeights:

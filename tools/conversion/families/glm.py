@@ -14,7 +14,7 @@ _GATE, _UP = "layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight"
 
 
 def _write_more(model: ModelConfig) -> dict[str, Any]:
-    return {"pad_token_id": None, "attention_dropout": 0.0}  # left out, it would be that of GLM's own vocabulary
+    return {"attention_dropout": 0.0}
 
 
 GLM = Family(

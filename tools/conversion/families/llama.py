@@ -59,7 +59,7 @@ def _read_biases(config: dict[str, Any]) -> dict[str, Any]:
 
 def _write_more(model: ModelConfig) -> dict[str, Any]:
     biases = {"attention_bias": model.add_bias_linear, "mlp_bias": model.add_bias_linear}
-    return biases | {"attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2}
+    return biases | {"attention_dropout": 0.0}
 
 
 LLAMA = Family(

@@ -15,6 +15,7 @@ from megatron_ext.checkpoint.write import row_pieces
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.names import EMBEDDING, HEAD
+from tools.conversion.changes.tokenizer import TOKEN_IDS, token_ids, with_token_ids
 from tools.conversion.families import FAMILIES, Family, family_for, family_of
 from tools.conversion.formats.json_file import read_table
 from tools.conversion.formats.safetensors_file import INDEX, SINGLE, SafetensorsFiles, write_safetensors
@@ -24,7 +25,6 @@ from tools.conversion.rows import Binding, bind, theirs_shapes, to_ours, to_thei
 from tools.conversion.source import CONFIG, GENERATION, Source, bytes_of, check_dtypes, check_shapes
 
 _DERIVED = "rotary_emb.inv_freq"  # old folders also store what follows from config.json
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def open_hf(folder: Path) -> Source:
@@ -115,14 +115,20 @@ def describe(source: Source, model_type: str | None) -> tuple[Family, dict[str, 
     else:
         family = family_of(config) if "model_type" in config else family_for(source.model)
     dtype = str(source.weights.dtypes[EMBEDDING]).removeprefix("torch.")
+    ids = token_ids(source.record)
     if config.get("model_type") == family.model_type:
         config = family.update(config, source.model)
         config |= {name: dtype for name in ("dtype", "torch_dtype") if name in config}
     else:
-        tokens = {name: config[name] for name in _TOKEN_IDS if name in config}
-        config = family.write(source.model) | {"dtype": dtype, "torch_dtype": dtype} | tokens
-    ids = {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
-    return family, {CONFIG: config, GENERATION: carried.get(GENERATION, {"_from_model_config": True} | ids)}
+        carried_ids = {name: config[name] for name in TOKEN_IDS if name in config}
+        # left out, transformers would take those of the family's own first vocabulary
+        config = family.write(source.model) | {"dtype": dtype, "torch_dtype": dtype} | ids | carried_ids
+    generation = carried.get(GENERATION)
+    if source.record is not None:
+        config = with_token_ids(config, ids)
+        generation = generation and with_token_ids(generation, {name: i for name, i in ids.items() if i is not None})
+    own = {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
+    return family, {CONFIG: config, GENERATION: generation or {"_from_model_config": True} | own}
 
 
 def _fill_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:

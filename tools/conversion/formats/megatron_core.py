@@ -26,6 +26,7 @@ from megatron_ext.checkpoint.write import write_weights
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.names import EMBEDDING, HEAD, POSITIONS
+from tools.conversion.changes.tokenizer import stored_record
 from tools.conversion.formats.megatron_args import from_args, to_args
 from tools.conversion.rows import Rule, bind, key_value_heads, theirs_shapes, to_ours, to_theirs
 from tools.conversion.source import Source, check_dtypes, check_shapes
@@ -33,7 +34,7 @@ from tools.conversion.source import Source, check_dtypes, check_shapes
 _TRACKER, _RELEASE = "latest_checkpointed_iteration.txt", "release"
 _FORMAT, _COMMON = "metadata.json", "common.pt"
 _BACKEND = "torch_dist"
-_CARRIED = "hugging_face"  # a key of ours in common.pt, which Megatron-LM passes over
+_CARRIED, _TOKENIZER = "hugging_face", "tokenizer"  # keys of ours in common.pt, which Megatron-LM passes over
 _WORDS, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _LAYER = "decoder.layers.{}."
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)")
@@ -76,6 +77,7 @@ def write_megatron(source: Source, folder: Path) -> None:
     """
     model = source.model
     common = {"args": to_args(model), "checkpoint_version": 3.0, "iteration": 0, _CARRIED: source.hugging_face}
+    common[_TOKENIZER] = None if source.record is None else source.record.plain()
     release = folder / _RELEASE
     release.mkdir()
     theirs = to_theirs(source.weights, bind(list(_rules(model, gate_apart=False)), model))
@@ -148,7 +150,8 @@ def open_megatron(folder: Path, vocab_size: int | None = None) -> Source:
     check_dtypes(reader.dtypes, where)
     reader.check_whole(where)
     weights = to_ours(reader, bindings, model)
-    return Source(model, weights, tokenizer=None, origin="megatron-core", hugging_face=common.get(_CARRIED))
+    record = stored_record(common.get(_TOKENIZER), f"{where}: {_COMMON}")
+    return Source(model, weights, None, "megatron-core", hugging_face=common.get(_CARRIED), record=record)
 
 
 def _find(folder: Path, where: str) -> Path:

@@ -8,6 +8,7 @@ from megatron_ext.checkpoint.directory import MANIFEST, partial_path, publish
 from megatron_ext.checkpoint.read import WeightReader, Weights
 from megatron_ext.checkpoint.write import write_weights
 from tools.conversion.changes.lora import MergedWeights
+from tools.conversion.changes.tokenizer import stored_record
 from tools.conversion.source import Source
 
 
@@ -27,6 +28,7 @@ def open_native(folder: Path) -> Source:
         tokenizer=None,
         origin="native",
         hugging_face=manifest.hugging_face,
+        record=stored_record(manifest.tokenizer, f"--input {checkpoint}: {MANIFEST}"),
         merged_adapters=adapters,
         has_optimizer=manifest.has_optimizer,
     )
@@ -43,6 +45,7 @@ def write_native(source: Source, folder: Path) -> None:
         layout={"source": source.origin},
         has_optimizer=False,
         hugging_face=source.hugging_face,
+        tokenizer=None if source.record is None else source.record.plain(),
     )
     partial = partial_path(folder, manifest.iteration)
     partial.mkdir()

@@ -1,59 +1,137 @@
-"""The tokenizer that goes with converted weights: its files beside them, its ids in config.json."""
+"""The tokenizer files beside converted weights: with them transformers gives the ids that the model was trained on.
 
+Training asks sentencepiece or tokenizers for the ids of a text. transformers loads the same files in ways of its own,
+by the class that tokenizer_config.json names or that belongs to the type of model, which may put together another
+tokenizer of the same pieces. So several configurations are tried, and the first is taken that gives training's ids.
+"""
+
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from megatron_ext.errors import RequestError
-from tokenizer.errors import TokenizerError
-from tokenizer.interface import TokenizerFile
-from tokenizer.load import read_tokenizer
-from tools.conversion.source import CONFIG, Source
+from tokenizer.files import read_model
+from tokenizer.huggingface import huggingface_files
+from tokenizer.interface import Tokenizer
+from tokenizer.load import open_tokenizer
+from tokenizer.record import TokenizerRecord
+from tokenizer.tokenizer_json import read_object, with_first_token
+from tools.conversion.proof.tokenizers import Differences, NotEqual, NotRunnable, compare
 
-_NAMES = (
-    "tokenizer.model",
-    "tokenizer.json",
+MODEL, JSON, SETTINGS = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+_BESIDE = (
     "vocab.json",
     "merges.txt",
-    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
-
-
-def read(path: Path, source: Source) -> TokenizerFile:
-    """What `--tokenizer` names; RequestError unless it has as many pieces as the model has rows.
-
-    Only a model that came from Hugging Face with spare rows (Qwen's, say) may keep them.
-    """
-    try:
-        tokenizer = read_tokenizer("--tokenizer", path)
-    except TokenizerError as error:
-        raise RequestError(str(error)) from error
-    rows, pieces = source.model.vocab_size, tokenizer.vocab_size
-    came_so = (source.hugging_face or {}).get(CONFIG, {}).get("vocab_size") == rows
-    if pieces != rows and not (came_so and pieces < rows):
-        raise RequestError(
-            f"--tokenizer {path} has {pieces} pieces, the model a vocabulary of {rows}: give the "
-            "model's own, or let the model grow with --embedding-init METHOD --base-tokenizer OLD"
-        )
-    return tokenizer
-
-
-def token_ids(tokenizer: TokenizerFile) -> dict[str, int | None]:
-    """config.json's ids of special tokens; None where the tokenizer has none."""
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-    }
+# of a tokenizer_config.json: what does not say how text becomes ids
+_KEPT = (
+    "chat_template",
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+    "additional_special_tokens",
+    "extra_special_tokens",
+)
+_GENERAL = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+# transformers 5 takes Qwen2Tokenizer for every Qwen2 model, and its general class for every Mistral and GLM, whatever
+# class is named, unless there is an auto_map. This one names no code, and asks for none to be run.
+_AS_NAMED = {"auto_map": {"AutoTokenizer": [None, None]}}
 
 
 def copy(source: Path, folder: Path) -> None:
-    """Put a tokenizer beside the weights: a folder's tokenizer files, or one file under the name it must have."""
-    if source.is_file():
-        shutil.copyfile(source, folder / ("tokenizer.json" if source.suffix == ".json" else "tokenizer.model"))
-        return
-    for name in _NAMES:
+    """Put a folder's tokenizer files beside the weights, as they are."""
+    for name in (MODEL, JSON, SETTINGS, *_BESIDE):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def write(flag: str, source: Path, record: TokenizerRecord, folder: Path) -> str:
+    """Write the files of a tokenizer into a folder with a config.json; says in a line what was found.
+
+    Args:
+        flag: that named it, for messages.
+        source: file or folder of the tokenizer.
+        record: says whether texts are to begin with its begin-of-sentence token; None: as is its own way.
+
+    Raises:
+        NotEqual: transformers gives other ids with any configuration.
+        TokenizerError: it cannot be read.
+    """
+    tokenizer = open_tokenizer(flag, source)
+    if tokenizer.kind == "SentencePiece":
+        configurations = _write_sentencepiece(flag, tokenizer, record, folder)
+    else:
+        configurations = _write_json(flag, tokenizer, record, folder)
+    best: tuple[dict[str, Any], Differences] | None = None
+    for configuration in configurations:
+        _write_object(folder / SETTINGS, configuration)
+        try:
+            found = compare(tokenizer, record, folder)
+        except NotRunnable as error:
+            return f"tokenizer files written; which ids transformers gives with them was not compared: {error}"
+        if best is None or found.severity < best[1].severity:
+            best = configuration, found
+        if not found.severity:
+            break
+    assert best is not None
+    configuration, found = best
+    _write_object(folder / SETTINGS, configuration)
+    if found.ids is not None:
+        raise NotEqual(f"with {tokenizer.path} transformers' AutoTokenizer {found.ids}")
+    return f"tokenizer files written: {found}"
+
+
+def _write_sentencepiece(
+    flag: str, tokenizer: Tokenizer, record: TokenizerRecord, folder: Path
+) -> Iterator[dict[str, Any]]:
+    """Write a model and what transformers needs; gives what tokenizer_config.json could say."""
+    own = _settings(flag, tokenizer)
+    pad = own.get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    known = pad if pad in tokenizer.pieces.values() else None
+    proto = read_model(flag, tokenizer.path)
+    for name, content in huggingface_files(proto, known, add_bos=record.prepend_bos is not False).items():
+        (folder / name).write_bytes(content)
+    shutil.copyfile(tokenizer.path, folder / MODEL)
+    for name in ("chat_template.jinja", "chat_template.json"):
+        if (beside := tokenizer.beside(name)) is not None:
+            shutil.copyfile(beside, folder / name)
+    later = {i: token for i, token in (own.get("added_tokens_decoder") or {}).items() if int(i) not in tokenizer.pieces}
+    settings = json.loads((folder / SETTINGS).read_bytes()) | {name: own[name] for name in _KEPT if name in own}
+    if later:
+        settings["added_tokens_decoder"] = later
+    return iter((settings, settings | _AS_NAMED))
+
+
+def _write_json(flag: str, tokenizer: Tokenizer, record: TokenizerRecord, folder: Path) -> Iterator[dict[str, Any]]:
+    """The same for a tokenizer.json: the file itself but for the token that texts begin with, and those beside it."""
+    content = json.loads(tokenizer.path.read_bytes())
+    if record.prepend_bos is not None and tokenizer.bos_id is not None:
+        content = with_first_token(content, tokenizer.pieces[tokenizer.bos_id], tokenizer.bos_id, record.prepend_bos)
+    _write_object(folder / JSON, content)
+    for name in _BESIDE:
+        if (tokenizer.path.with_name(name)).is_file():
+            shutil.copyfile(tokenizer.path.with_name(name), folder / name)
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, "unk": tokenizer.unk_id}
+    names = {f"{name}_token": tokenizer.pieces[index] for name, index in ids.items() if index is not None}
+    own = names | _settings(flag, tokenizer)
+    if own.get("add_bos_token") is not None and record.prepend_bos is not None:
+        own["add_bos_token"] = record.prepend_bos
+    if "tokenizer_class" in own:
+        yield own
+    yield own | _GENERAL
+    yield own | _GENERAL | _AS_NAMED
+
+
+def _settings(flag: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    path = tokenizer.path.with_name(SETTINGS)
+    return read_object(flag, path) if path.is_file() else {}
+
+
+def _write_object(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

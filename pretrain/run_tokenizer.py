@@ -1,0 +1,83 @@
+"""Which tokenizer a run goes by: the flags', the corpora's and the checkpoint's must be one."""
+
+import dataclasses
+
+from megatron_ext.checkpoint import Manifest
+from megatron_ext.checkpoint.directory import MANIFEST
+from megatron_ext.errors import RequestError
+from pretrain.config import RunConfig
+from pretrain.data.sidecar import corpus_tokenizers
+from pretrain.data.tokenizer_file import read_tokenizer
+from tokenizer.record import TokenizerRecord, read_record, record_of
+
+_REMEDY = (
+    "give that one; to let the model grow add --finetune --embedding-init METHOD --base-tokenizer-model OLD; to change "
+    "the tokenizer on purpose add --finetune --change-tokenizer"
+)
+
+
+def run_tokenizer(config: RunConfig, loaded: Manifest | None) -> TokenizerRecord | None:
+    """What the run's checkpoints are to say of its tokenizer; None where neither flags, data nor `loaded` know.
+
+    Args:
+        config: of which the data have been checked against each other.
+        loaded: the manifest of the checkpoint that the run starts from.
+
+    Raises:
+        RequestError: the checkpoint was trained with another tokenizer.
+    """
+    corpora = corpus_tokenizers(config.data)
+    stored = _stored(config, loaded)
+    named, used = _used(config, corpora)
+    _check(config, stored, named, used)
+    record = used or stored
+    if record is None:
+        return None
+    begins = {None if made is None else made.prepend_bos for made in corpora.values()} or {None}
+    prepend_bos = begins.pop() if len(begins) == 1 else None
+    ends = config.data.eod_token_id
+    if stored is not None:
+        prepend_bos = stored.prepend_bos if prepend_bos is None else prepend_bos
+        ends = stored.eod_token_id if ends is None else ends
+    eod = None if ends == record.eos_token_id else ends
+    return dataclasses.replace(record, prepend_bos=prepend_bos, eod_token_id=eod)
+
+
+def _stored(config: RunConfig, loaded: Manifest | None) -> TokenizerRecord | None:
+    if loaded is None or loaded.tokenizer is None:
+        return None
+    try:
+        return read_record(loaded.tokenizer)
+    except ValueError as error:
+        where = f"--load {config.checkpoint.load}: {MANIFEST}"
+        raise RequestError(f"{where} describes a tokenizer that this program does not know ({error})") from None
+
+
+def _used(config: RunConfig, corpora: dict[str, TokenizerRecord | None]) -> tuple[str, TokenizerRecord | None]:
+    """How messages name what says which tokenizer is used, and the tokenizer."""
+    if config.data.tokenizer_model is not None:
+        name = config.data.tokenizer_model
+        return f"--tokenizer-model {name}", record_of(read_tokenizer(name))
+    prefix = next((prefix for prefix, record in corpora.items() if record is not None), None)
+    return ("", None) if prefix is None else (f"--data-path {prefix}: what made it", corpora[prefix])
+
+
+def _check(config: RunConfig, stored: TokenizerRecord | None, named: str, used: TokenizerRecord | None) -> None:
+    options = config.checkpoint
+    if options.change_tokenizer and config.data.tokenizer_model is None:
+        raise RequestError("--change-tokenizer needs --tokenizer-model: the tokenizer from now on")
+    if stored is None or used is None:
+        return
+    trained = f"the tokenizer that --load {options.load} was trained with ({stored})"
+    if options.embedding_init is not None:
+        assert options.base_tokenizer_model is not None
+        base = read_tokenizer(options.base_tokenizer_model, "--base-tokenizer-model")
+        if difference := stored.difference(record_of(base)):
+            named = f"--base-tokenizer-model {options.base_tokenizer_model}"
+            raise RequestError(f"{named} is not {trained}: it {difference}; give that one")
+        return
+    difference = stored.difference(used)
+    if options.change_tokenizer and difference is None:
+        raise RequestError(f"--change-tokenizer: {named} is {trained} already; leave out --change-tokenizer")
+    if difference is not None and not options.change_tokenizer:
+        raise RequestError(f"{named} is not {trained}: it {difference}; {_REMEDY}")

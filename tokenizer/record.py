@@ -1,0 +1,94 @@
+"""What is noted of a tokenizer beside the tokens and the weights that it made, and whether another one is the same."""
+
+import dataclasses
+from typing import Any
+
+from tokenizer.interface import TokenizerFile
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerRecord:
+    """A tokenizer by its content, wherever it lies and in whichever form.
+
+    Attributes:
+        name, kind, vocab_size: for messages; the size also tells two apart.
+        sha256: of the file. Equal files are one tokenizer; another file may be the same one.
+        vocabulary_sha256, rules_sha256: as `TokenizerFile` has them. None in notes of older versions.
+        unk_token_id, bos_token_id, eos_token_id, pad_token_id: None where it has none.
+        prepend_bos: whether documents began with bos_token_id in training; None where that is not known.
+        eod_token_id: what ended documents in training, if that was another token than eos_token_id.
+    """
+
+    name: str
+    kind: str
+    vocab_size: int
+    sha256: str
+    vocabulary_sha256: str | None = None
+    rules_sha256: str | None = None
+    unk_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    prepend_bos: bool | None = None
+    eod_token_id: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.kind}, {self.vocab_size} pieces, sha256 {self.sha256[:12]}..."
+
+    def difference(self, other: "TokenizerRecord") -> str | None:
+        """How `other` is another tokenizer, in words of which it is the subject; None if it is the same one.
+
+        The same is: every id is the same piece, text is cut by the same rules, and texts begin and end with the same
+        ids. A SentencePiece model and a tokenizer.json say their rules in different words; between them pieces decide.
+        """
+        if other.sha256 != self.sha256:
+            if other.vocab_size != self.vocab_size:
+                return f"has {other.vocab_size} pieces instead of {self.vocab_size}"
+            if None in (self.vocabulary_sha256, other.vocabulary_sha256):
+                return "is another file, and older notes do not say what is in a file"
+            if other.vocabulary_sha256 != self.vocabulary_sha256:
+                return "has other pieces under the same ids"
+            if other.kind == self.kind and other.rules_sha256 != self.rules_sha256:
+                return "has the same pieces and cuts text by other rules (scores, merges or normalization)"
+        for name in ("bos_token_id", "eos_token_id"):
+            here, there = getattr(other, name), getattr(self, name)
+            if None not in (here, there) and here != there:
+                return f"has {name.removesuffix('_token_id')} id {here} instead of {there}"
+        return None
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return dataclasses.asdict(self)
+
+
+def record_of(tokenizer: TokenizerFile) -> TokenizerRecord:
+    """The record of a tokenizer that has made nothing yet."""
+    return TokenizerRecord(
+        tokenizer.path.name,
+        tokenizer.kind,
+        tokenizer.vocab_size,
+        tokenizer.sha256,
+        tokenizer.vocabulary_sha256,
+        tokenizer.rules_sha256,
+        tokenizer.unk_id,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+    )
+
+
+def read_record(plain: Any) -> TokenizerRecord:
+    """The record that `plain` gave.
+
+    Fields that a later version has added are passed over.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(plain, dict):
+        raise ValueError("is no table")
+    kinds = {field.name: field.type for field in dataclasses.fields(TokenizerRecord)}
+    for name, kind in kinds.items():
+        if not isinstance(plain.get(name), kind):  # type: ignore[arg-type]
+            raise ValueError(f"{name} {plain.get(name)!r}")
+    return TokenizerRecord(**{name: plain.get(name) for name in kinds})  # type: ignore[arg-type]
