@@ -198,7 +198,7 @@ def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (*HF[:3], "peft", *HF[4:], "--dtype", "float32"): "--dtype has no effect with --to peft",
         (*NATIVE[:3], "peft", *NATIVE[4:]): "--from hf --to peft: adapters are exported from native checkpoints only",
         (*HF, "--seed", "1"): "--seed has no effect without --embedding-init",
-        (*NATIVE, "--tokenizer", "t"): "--tokenizer has no effect with --to native unless --embedding-init is given",
+        (*HF, "--change-tokenizer"): "--change-tokenizer needs --tokenizer",
         (*HF, "--embedding-init", "mean"): "--embedding-init mean needs --base-tokenizer",
         (*HF, "--embedding-init", "mean", "--base-tokenizer", "t"): "--embedding-init mean needs --tokenizer",
         (*HF, "--embedding-init", "zero"): "invalid choice",
@@ -222,8 +222,8 @@ def test_another_tokenizer_beside_the_same_weights(tmp_path: Path) -> None:
 def test_the_same_once_more_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf_model(tmp_path / "hf")
     changes = {
-        "native": "--dtype or --embedding-init",
-        "megatron-core": "--dtype, --embedding-init or --vocab-size",
+        "native": "--dtype, --embedding-init or --tokenizer",
+        "megatron-core": "--dtype, --embedding-init, --vocab-size or --tokenizer",
     }
     for form, flags in changes.items():
         assert convert("--from", "hf", "--to", form, "--input", tmp_path / "hf", "--output", tmp_path / form) == 0

@@ -39,8 +39,8 @@ _KEPT = (
 )
 _GENERAL = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 # transformers 5 takes Qwen2Tokenizer for every Qwen2 model, and its general class for every Mistral and GLM, whatever
-# class is named, unless there is an auto_map. This one names no code, and asks for none to be run.
-_AS_NAMED = {"auto_map": {"AutoTokenizer": [None, None]}}
+# class is named, unless there is an auto_map. This one leads to no code, and none is asked for.
+_AS_NAMED = {"auto_map": {"AutoTokenizer": ["", None]}}
 
 
 def copy(source: Path, folder: Path) -> None:
