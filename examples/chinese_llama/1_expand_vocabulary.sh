@@ -65,7 +65,7 @@ say "the model with new rows"
 if [[ ${#corpus[@]} -gt 0 ]]; then
     say "the corpus in tokens"
     "$PYTHON" -m tools.preprocess_data --input "${corpus[@]}" --tokenizer-model "$OUTPUT/tokenizer" \
-        --output-prefix "$OUTPUT/corpus" --append-eod
+        --output-prefix "$OUTPUT/corpus" --prepend-bos --append-eod
 fi
 # The later stages take the model's shape from here: it may be any LLaMA, not only one with a preset.
 shape=$("$PYTHON" -c 'import json, sys, yaml; print(yaml.safe_dump(json.load(sys.stdin)["model"]))' \
