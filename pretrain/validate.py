@@ -5,6 +5,7 @@ import os
 import torch
 
 from megatron_ext.checkpoint import check_compatible, check_trained, read_manifest
+from megatron_ext.checkpoint.metadata import TensorReader
 from megatron_ext.checkpoint.save import check_writable
 from megatron_ext.errors import RequestError
 from megatron_ext.option import refuse_unused
@@ -39,6 +40,7 @@ def validate(config: RunConfig) -> None:
         manifest = read_manifest(checkpoint)
         check_compatible(manifest, config.model, checkpoint, plan_expansion(config))
         check_trained(manifest, config.engine(), checkpoint, config.checkpoint.finetune)
+        TensorReader(checkpoint, "--load")
     run_tokenizer(config, manifest)
     if config.checkpoint.save is not None:
         check_writable(config.checkpoint.save)

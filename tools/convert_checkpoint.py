@@ -20,7 +20,8 @@ Any source goes to any target (to peft: native only). LoRA adapters of a native 
 and its optimizer's state is left behind. Nothing is padded. The result is checked before it appears under its name:
 every tensor is read back, and its logits are compared with the source's on a fixed prompt, on Hugging Face's side by
 transformers itself. Memory holds a small piece of the weights at a time, the check a tensor.
-Exit codes: 0 done, 1 the check failed, 2 the request is wrong, 130 interrupted. Only 0 leaves a result.
+Exit codes: 0 done, 1 the check failed, 2 the request is wrong (also: the input has values that are NaN or infinite),
+130 interrupted. Only 0 leaves a result.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from tools.conversion.changes.cast import CastWeights
 from tools.conversion.changes.resize import Resized, resize, write_report
 from tools.conversion.changes.tokenizer import given, recognised
 from tools.conversion.families import FAMILIES
+from tools.conversion.finite import FiniteWeights
 from tools.conversion.formats import tokenizer_files
 from tools.conversion.formats.hf_folder import open_hf, write_hf
 from tools.conversion.formats.megatron_core import open_megatron, write_megatron
@@ -114,6 +116,8 @@ def work(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace, output: Path) -> None:
     original = _open(options)
+    where = f"--input {options.input}"
+    original = dataclasses.replace(original, weights=FiniteWeights(original.weights, where))
     _check_changes(options, original)
     beside = options.tokenizer is None and options.source == options.target == "hf"  # comes along as it is
     if not beside:
@@ -157,6 +161,7 @@ def _write_tokenizer(source: Source, folder: Path, beside: bool) -> None:
 
 def _export_adapters(options: argparse.Namespace, output: Path) -> None:
     adapters = open_adapters(Path(options.input), options.base_model)
+    adapters = dataclasses.replace(adapters, weights=FiniteWeights(adapters.weights, f"--input {options.input}"))
     check_room(output, adapters.weights)
     with appearing(output) as folder:
         watched = WatchedWeights(adapters.weights)

@@ -4,7 +4,8 @@
     DIR of Hugging Face          config.json and weights: every file is whole, names and shapes are the configuration's
 
 A native checkpoint is whole if every file is there with its full size and the digest that its writer computed, and
-every weight that the model asks for is stored in full, with both moments of Adam where it is trained.
+every weight that the model asks for is stored in full, with both moments of Adam where it is trained. No value of
+either, nor of a Hugging Face model's weights, may be NaN or infinite.
 Exit codes: 0 whole, 1 damaged or incomplete, 2 the request is wrong.
 """
 
@@ -13,7 +14,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from megatron_ext.checkpoint import find_checkpoint, model_of
 from megatron_ext.checkpoint.digest import sha256_of
 from megatron_ext.checkpoint.directory import LATEST, MANIFEST, Manifest, leftovers, parse_manifest
+from megatron_ext.checkpoint.finite import count_not_finite, not_finite
 from megatron_ext.checkpoint.read import WeightReader, Weights
 from megatron_ext.checkpoint.verify import find_problems
 from megatron_ext.errors import RequestError
@@ -86,7 +88,9 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--all", action="store_true", help="every checkpoint of a folder, not only the latest")
     parser.add_argument("--json", action="store_true", help="print one JSON object for a checkpoint, on one line")
-    parser.add_argument("--no-checksums", action="store_true", help="do not read the files to compare their digests")
+    parser.add_argument(
+        "--no-checksums", action="store_true", help="do not read the files, for their digests or their values"
+    )
     return parser
 
 
@@ -101,9 +105,7 @@ def work(options: argparse.Namespace) -> int:
     elif is_native:
         reports = [_verify_latest(folder, checksums)]
     elif (folder / CONFIG).is_file():
-        if options.no_checksums and not options.json:
-            raise RequestError(f"--no-checksums: DIR {folder} has no digests to compare; only --json computes them")
-        reports = [_verify_hugging_face(folder, digests=options.json and checksums)]
+        reports = [_verify_hugging_face(folder, values=checksums, digests=options.json and checksums)]
     else:
         known = f"a checkpoint ({MANIFEST}), a folder of checkpoints ({LATEST}) or a Hugging Face model ({CONFIG})"
         raise RequestError(f"DIR {folder}: not {known}")
@@ -142,11 +144,12 @@ def _verify_native(checkpoint: Path, checksums: bool) -> Report:
         return report
     _describe_native(report, checkpoint, manifest)
     compared = checksums and bool(manifest.sha256)
-    with _bar(checkpoint, report.facts["bytes"] if compared else 0) as bar:
+    with _bar(checkpoint, report.facts["bytes"] * (checksums + compared)) as bar:
         found = find_problems(checkpoint, manifest, checksums, bar.update)
         report.problems = [f"{file} {what}" for file, what in found]
     how = "digests equal" if compared else "digests not compared" if manifest.sha256 else "no digests to compare"
     report.checked = f"all {len(manifest.files)} files have their full size, {how}, every tensor is there"
+    report.checked += ", every value is finite" if checksums else ", values not looked at"
     report.facts["digests_compared"] = compared
     if not manifest.sha256:
         report.notes.append("its manifest has no digests (an older version wrote it): only sizes can be compared")
@@ -177,7 +180,7 @@ def _describe_native(report: Report, checkpoint: Path, manifest: Manifest) -> No
         report.facts["files"].setdefault(name, {})["sha256"] = digest
 
 
-def _verify_hugging_face(folder: Path, digests: bool) -> Report:
+def _verify_hugging_face(folder: Path, values: bool, digests: bool) -> Report:
     report = Report(folder, "Hugging Face model")
     try:
         config = read_table(folder, CONFIG, "DIR")
@@ -201,10 +204,14 @@ def _verify_hugging_face(folder: Path, digests: bool) -> Report:
         return report
     files = sorted(set(stored.files.values()))
     report.add_files(folder, files)
-    with _bar(folder, report.facts["bytes"] if digests else 0) as bar:
+    with _bar(folder, report.facts["bytes"] * (values + digests)) as bar:
         for name in files if digests else ():
             report.facts["files"][name]["sha256"] = sha256_of(folder / name, bar.update)
+        for name in stored.shapes if values else ():
+            if count := count_not_finite(stored, name, bar.update):
+                report.problems.append(f"{name} {not_finite(count, stored, name)}")
     report.checked = f"all {len(files)} files of weights, names and shapes as {CONFIG} asks"
+    report.checked += ", every value is finite" if values else ", values not looked at"
     return report
 
 
@@ -252,8 +259,12 @@ def _listed(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in plain.items())
 
 
-def _bar(folder: Path, size: int) -> tqdm:
-    return tqdm(total=size, unit="B", unit_scale=True, desc=folder.name, disable=size == 0)
+@contextlib.contextmanager
+def _bar(folder: Path, size: int) -> Iterator[tqdm]:
+    with tqdm(total=size, unit="B", unit_scale=True, desc=folder.name, disable=size == 0) as bar:
+        yield bar
+        bar.total = bar.n  # values take a little less than the files that they are in
+        bar.refresh()
 
 
 def _reason(error: RequestError, flag: str, folder: Path) -> str:

@@ -12,6 +12,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from megatron_ext.checkpoint.compatible import check_compatible, check_trained
 from megatron_ext.checkpoint.directory import Manifest, read_manifest
+from megatron_ext.checkpoint.metadata import TensorReader
 from megatron_ext.checkpoint.read import WeightReader
 from megatron_ext.checkpoint.resize import VOCABULARY_MATRICES, ResizedWeights
 from megatron_ext.checkpoint.state import (
@@ -47,7 +48,8 @@ def load_checkpoint(
 ) -> Manifest:
     """Fill the engine's weights and, unless `weights_only` or absent, optimizer, loss scale and random state.
 
-    Bitwise: every element is the one that was written, whatever layout wrote it. Collective.
+    Bitwise: every element is the one that was written, whatever layout wrote it. Collective. The random state goes on
+    at the layout, and on the kind of device, that wrote it; elsewhere it begins anew, as another layout's does.
 
     expansion: the checkpoint has a smaller vocabulary, which grows like this (with `weights_only`).
     """
@@ -64,12 +66,14 @@ def load_checkpoint(
         state = {key: value for key, value in state.items() if not is_adapter(key)}
     if with_optimizer:
         state |= optimizer_state(engine, states, for_saving=False)
+    random = random_state(engine)
     resized = {key: state.pop(key) for key in _VOCABULARY_KEYS & state.keys()} if expansion is not None else {}
-    same_layout = manifest.layout == layout_of(engine.grid)
-    if with_optimizer and same_layout:
-        state[random_key()] = random_state(engine)
+    reader = TensorReader(checkpoint, "--load")
+    same_generators = manifest.layout == layout_of(engine.grid) and reader.size_of(random_key()) in (None, random.shape)
+    if with_optimizer and same_generators:
+        state[random_key()] = random
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint), process_group=dist.new_group(backend="gloo"))
+        dcp.load(state, storage_reader=reader, process_group=dist.new_group(backend="gloo"))
         if expansion is not None:
             progress = engine.grid.mesh.get_rank() == 0
             _fill_resized(resized, ResizedWeights(WeightReader(checkpoint), expansion, progress))
@@ -80,9 +84,9 @@ def load_checkpoint(
     engine.take(states)
     if with_optimizer:
         take_counters(engine, state, _precision(manifest, engine.config.precision, float(state[LOSS_SCALER][0])))
-    if with_optimizer and same_layout:
-        set_random_state(engine, state[random_key()])
-    else:  # another layout has other ranks: draw anew, from the seed and the place in the run
+    if with_optimizer and same_generators:
+        set_random_state(engine, random)
+    else:  # other ranks, or other generators: draw anew, from the seed and the place in the run
         torch.manual_seed(engine.config.seed + manifest.iteration * engine.grid.world_size + engine.grid.random_stream)
     return manifest
 

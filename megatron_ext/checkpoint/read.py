@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_ext.checkpoint.metadata import METADATA, not_a_tensor, objects_of, read_metadata
 from megatron_ext.checkpoint.piece import StoredPiece
 from megatron_ext.checkpoint.state import MODEL
 from megatron_ext.errors import RequestError
-
-METADATA = ".metadata"
 
 
 class Weights(Protocol):
@@ -64,7 +62,7 @@ class WeightReader:
 
     places: sizes of the stored tensors -> where the weights lie, by name. By default as in native checkpoints.
     check_values: compare every stored piece with its checksum when it is first read.
-    Raises RequestError where .metadata, which says what is stored and where, is damaged or missing.
+    Raises RequestError as `read_metadata`, and where a weight is stored as a pickled object.
     """
 
     def __init__(
@@ -73,35 +71,29 @@ class WeightReader:
         places: Callable[[dict[str, torch.Size]], dict[str, Place]] = _native,
         check_values: bool = False,
     ):
-        self._checkpoint, self._reader = checkpoint, dcp.FileSystemReader(checkpoint)
+        self._checkpoint = checkpoint
         self._check_values, self._pieces = check_values, dict[MetadataIndex, StoredPiece]()
-        try:
-            self._entries = self._read_entries()
-            sizes = {key: entry.size for key, entry in self._entries.items()}
-            dtypes = {key: entry.properties.dtype for key, entry in self._entries.items()}
-        except Exception as error:  # a damaged pickle fails in any way
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise RequestError(f"{checkpoint / METADATA} cannot be read ({reason})") from error
+        metadata = read_metadata(checkpoint)
+        self._stored = metadata.storage_data
+        entries = metadata.state_dict_metadata.items()
+        self._entries = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+        for key in objects_of(metadata):
+            if places({key: torch.Size([1])}):
+                raise not_a_tensor(checkpoint, key)
+        sizes = {key: entry.size for key, entry in self._entries.items()}
         self._places = places(sizes)
         self.shapes: dict[str, torch.Size] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for name, place in self._places.items():
             size = sizes[place.key]
             self.shapes[name] = size if place.index is None else size[1:]
-            self.dtypes[name] = dtypes[place.key]
-
-    def _read_entries(self) -> dict[str, TensorStorageMetadata]:
-        """What is stored, by key; from then on the reader knows where."""
-        metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        entries = metadata.state_dict_metadata.items()
-        return {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+            self.dtypes[name] = self._entries[place.key].properties.dtype
 
     def check_whole(self, where: str) -> None:
         """Raise RequestError, a line that starts with `where`, where files are missing or short, or lack rows."""
         keys = {place.key for place in self._places.values()}
         ends: dict[str, int] = {}
-        for index, info in self._reader.storage_data.items():
+        for index, info in self._stored.items():
             if index.fqn in keys:
                 ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
         for name, end in sorted(ends.items()):
@@ -128,7 +120,11 @@ class WeightReader:
 
     def _piece(self, index: MetadataIndex) -> StoredPiece:
         if index not in self._pieces:
-            info = self._reader.storage_data[index]
+            info = self._stored.get(index)
+            if info is None:
+                raise RequestError(
+                    f"{self._checkpoint}: damaged, its {METADATA} does not say where all of {index.fqn} is"
+                )
             piece = StoredPiece(self._checkpoint / info.relative_path, info.offset, info.length, index.fqn)
             if self._check_values:
                 piece.check_values()

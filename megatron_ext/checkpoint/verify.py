@@ -4,30 +4,32 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
+import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_ext.checkpoint.digest import sha256_of
 from megatron_ext.checkpoint.directory import MANIFEST, Manifest, incomplete_files
+from megatron_ext.checkpoint.finite import count_not_finite, not_finite
+from megatron_ext.checkpoint.metadata import METADATA, objects_of, read_metadata
 from megatron_ext.checkpoint.model import model_of
-from megatron_ext.checkpoint.read import METADATA
+from megatron_ext.checkpoint.read import Place, WeightReader
 from megatron_ext.checkpoint.state import LOSS_SCALER, MODEL, OPTIMIZER, STEPS, random_key
 from megatron_ext.errors import RequestError
 from megatron_ext.models import parameter_shapes
 from megatron_ext.optim import TrainableConfig
 from megatron_ext.optim.optimizer import MOMENTS
 
-Problem = tuple[str, str]  # a file of the checkpoint, and what is wrong with it
+Problem = tuple[str, str]  # a file of the checkpoint or a tensor in it, and what is wrong with it
 Shapes = dict[str, tuple[int, ...] | None]
 
 
 def find_problems(
     checkpoint: Path, manifest: Manifest, checksums: bool, advance: Callable[[int], object]
 ) -> Iterator[Problem]:
-    """All that is wrong with a checkpoint: files first, then, if .metadata can be trusted, tensors.
+    """All that is wrong with a checkpoint: files first, then, if .metadata is whole, tensors, and if these are, values.
 
-    manifest: as `parse_manifest` gives it. checksums: read every file and compare its digest; `advance` is told of the
-    bytes as they are read.
+    manifest: as `parse_manifest` gives it. checksums: read every file, for its digest and for its values; `advance` is
+    told of the bytes as they are read.
     """
     spoiled: set[str] = set()
     for problem in _file_problems(checkpoint, manifest, checksums, advance):
@@ -44,9 +46,14 @@ def find_problems(
         yield MANIFEST, f"describes a run that this program does not know ({error})"
         return
     try:
-        yield from ((METADATA, what) for what in _tensor_problems(_read_metadata(checkpoint), asked, manifest))
-    except Exception as error:  # a pickle with another content fails in any way
-        yield METADATA, f"cannot be read ({type(error).__name__}: {error})"
+        metadata = read_metadata(checkpoint)
+    except RequestError as error:
+        yield METADATA, str(error).removeprefix(str(checkpoint / METADATA)).lstrip(": ")
+        return
+    problems = list(_tensor_problems(metadata, asked, manifest))
+    yield from ((METADATA, what) for what in problems)
+    if checksums and not spoiled and not problems:
+        yield from _value_problems(checkpoint, advance)
 
 
 def asked_tensors(manifest: Manifest) -> Shapes:
@@ -87,16 +94,14 @@ def _file_problems(
             yield name, f"cannot be read ({error.strerror})"
 
 
-def _read_metadata(checkpoint: Path) -> Metadata:
-    return dcp.FileSystemReader(checkpoint).read_metadata()
-
-
 def _tensor_problems(metadata: Metadata, asked: Shapes, manifest: Manifest) -> Iterator[str]:
     entries = metadata.state_dict_metadata
     if missing := [key for key in asked if key not in entries]:
         yield f"lacks {_several(missing)}"
     if unknown := [key for key in entries if key.startswith((MODEL, OPTIMIZER)) and key not in asked]:
         yield f"has {_several(unknown)}, which the model does not"
+    if objects := objects_of(metadata):
+        yield f"has {_several(objects)} stored as a pickled object and not as a tensor: nothing of it is loaded"
     for key, entry in entries.items():
         if key not in asked or not isinstance(entry, TensorStorageMetadata):
             continue
@@ -115,6 +120,23 @@ def _is_stored(key: str, entry: TensorStorageMetadata, storage: Any, sizes: dict
         if place is not None and place.offset + place.length <= sizes.get(place.relative_path, 0):
             elements += chunk.sizes.numel()
     return elements == entry.size.numel()
+
+
+def _value_problems(checkpoint: Path, advance: Callable[[int], object]) -> Iterator[Problem]:
+    """Weights and moments with values that are not finite, or that cannot be read."""
+    stored = WeightReader(checkpoint, _weights_and_moments)
+    for key, dtype in stored.dtypes.items():
+        if not dtype.is_floating_point:
+            continue
+        try:
+            if count := count_not_finite(stored, key, advance):
+                yield key, not_finite(count, stored, key)
+        except RequestError as error:
+            yield key, f"cannot be read: {error}"
+
+
+def _weights_and_moments(sizes: dict[str, torch.Size]) -> dict[str, Place]:
+    return {key: Place(key) for key, size in sizes.items() if key.startswith((MODEL, OPTIMIZER)) and len(size) > 0}
 
 
 def _several(keys: list[str]) -> str:

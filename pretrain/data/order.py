@@ -53,7 +53,7 @@ class SampleOrder:
 
         shares = "-".join(weight.hex() for weight in self.weights.tolist())
         key = f"blend-{length}-{digest(shares)}"
-        return cached_arrays(self.cache, key, lambda: blending_indices(self.weights, length))
+        return cached_arrays(self.cache, key, ("corpus", "sample"), lambda: blending_indices(self.weights, length))
 
     def _permutation(self, corpus: int, epoch: int) -> np.ndarray:
         known = self._passes.get(corpus)

@@ -78,7 +78,7 @@ class Samples(GPTDataset):
         seed, seq_length = self.config.random_seed, self.config.sequence_length
         documents = (int(self.indices[0]), len(self.indices))
         key = f"samples-{digest(self._lengths_checksum, len(self.dataset), documents, seq_length, seed)}"
-        arrays = cached_arrays(self._cache, key, self._build_indices)
+        arrays = cached_arrays(self._cache, key, ("documents", "samples", "shuffle"), self._build_indices)
         return arrays["documents"], arrays["samples"], arrays["shuffle"]
 
     def _build_indices(self) -> dict[str, np.ndarray]:

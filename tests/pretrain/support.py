@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_ext.checkpoint.metadata import TensorReader
 from pretrain.flags import parse
 from pretrain.train import run
 from pretrain.validate import validate
@@ -89,7 +90,7 @@ def curve(file: Path) -> list[tuple[float, ...]]:
 
 def stored(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole."""
-    reader = dcp.FileSystemReader(checkpoint)
+    reader = TensorReader(checkpoint)
     tensors = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in reader.read_metadata().state_dict_metadata.items()

@@ -1,9 +1,12 @@
 """pretrain.data: the order of samples, the batches, the caches."""
 
+import errno
 import itertools
 import multiprocessing
 import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +198,7 @@ def _start(prefix: str, cache: str, barrier: Any, answers: Any) -> None:
     answers.put((os.getpid(), take(data, 3).numpy()))
 
 
-def test_many_processes_start_at_once(corpora: list[str], tmp_path: Path) -> None:
+def test_many_processes_start_at_once(corpora: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(5), context.Queue()
     cache = tmp_path / "cache"
@@ -210,6 +213,19 @@ def test_many_processes_start_at_once(corpora: list[str], tmp_path: Path) -> Non
     assert all(np.array_equal(result, results[0]) for result in results)
     directories = sorted(path.name.split("-")[0] for path in cache.iterdir() if path.is_dir())
     assert directories == ["blend", "samples"]  # built once each, no leftovers
+
+    for name in ("samples-*/shuffle.npy", "blend-*/corpus.npy"):  # and once each when they are damaged
+        os.truncate(next(cache.glob(name)), 140)
+    capfd.readouterr()
+    arguments = (corpora[0], str(cache), context.Barrier(3), answers)
+    again = [context.Process(target=_start, args=arguments) for _ in range(3)]
+    for process in again:
+        process.start()
+    assert all(np.array_equal(answers.get(timeout=60)[1], results[0]) for _ in again)
+    for process in again:
+        process.join()
+    said = sorted(line.split(": ")[1] for line in capfd.readouterr().err.splitlines() if str(cache) in line)
+    assert said == [f"{name}.npy is damaged; building this index again" for name in ("corpus", "shuffle")]
 
 
 def _rank(rank: int, prefix: str, directory: str, answers: Any) -> None:
@@ -241,7 +257,7 @@ def _build_slowly(directory: Path, started: Any) -> None:
         time.sleep(60)
         return {}
 
-    cached_arrays(directory, "key", arrays)
+    cached_arrays(directory, "key", ["x"], arrays)
 
 
 def test_a_killed_builder_is_replaced(tmp_path: Path) -> None:
@@ -252,7 +268,7 @@ def test_a_killed_builder_is_replaced(tmp_path: Path) -> None:
     assert started.wait(20)
     process.kill()
     process.join()
-    assert cached_arrays(tmp_path, "key", lambda: {"x": np.arange(5)})["x"].tolist() == list(range(5))
+    assert cached_arrays(tmp_path, "key", ["x"], lambda: {"x": np.arange(5)})["x"].tolist() == list(range(5))
 
 
 def test_reading_data_leaves_the_random_stream_alone(corpora: list[str]) -> None:
@@ -274,11 +290,81 @@ def test_cache_is_built_once_even_after_a_failed_build(tmp_path: Path) -> None:
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError):
-        cached_arrays(tmp_path, "key", fail)
+        cached_arrays(tmp_path, "key", ["x"], fail)
     for _ in range(2):
-        assert cached_arrays(tmp_path, "key", arrays)["x"].tolist() == list(range(5))
+        assert cached_arrays(tmp_path, "key", ["x"], arrays)["x"].tolist() == list(range(5))
     assert len(builds) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "key.lock"]
+
+
+def _as_file(key: Path) -> None:
+    shutil.rmtree(key)
+    key.write_bytes(b"")
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 64
+    file.write_bytes(content)
+
+
+CACHE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (lambda key: os.truncate(key / "x.npy", 140), "x.npy is damaged"),
+    "no bytes": (lambda key: os.truncate(key / "x.npy", 0), "x.npy is damaged"),
+    "a bit": (lambda key: _flip(key / "y.npy"), "y.npy is damaged"),
+    "missing": (lambda key: (key / "y.npy").unlink(), "y.npy is missing"),
+    "another dtype": (lambda key: np.save(key / "x.npy", np.arange(5.0)), "x.npy is damaged"),
+    "another shape": (lambda key: np.save(key / "x.npy", np.arange(5)[None]), "x.npy is damaged"),
+    "a pickle": (lambda key: np.save(key / "x.npy", np.array([{}]), allow_pickle=True), "x.npy is damaged"),
+    "beyond": (lambda key: np.save(key / "x.npy", np.arange(5) + 10**9), "x.npy is damaged"),
+    "a folder": (lambda key: ((key / "x.npy").unlink(), (key / "x.npy").mkdir()), "it cannot be read ("),
+    "no record": (lambda key: (key / "crc32.json").unlink(), "crc32.json is missing"),
+    "empty record": (lambda key: (key / "crc32.json").write_text(""), "it cannot be read ("),
+    "another record": (lambda key: (key / "crc32.json").write_text("[1]"), "it cannot be read ("),
+    "empty folder": (lambda key: [file.unlink() for file in key.iterdir()], "crc32.json is missing"),
+    "no folder": (_as_file, "it cannot be read ("),
+}
+
+
+@pytest.mark.parametrize("kind", CACHE_DAMAGE)
+def test_a_damaged_cache_is_built_again(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def arrays() -> dict[str, np.ndarray]:
+        return {"x": np.arange(5), "y": np.arange(3)}
+
+    def read() -> list[list[int]]:
+        return [array.tolist() for array in cached_arrays(tmp_path, "key", ["x", "y"], arrays).values()]
+
+    expected = read()
+    assert capsys.readouterr().err == ""
+    (tmp_path / "key" / "z.npy").write_text("of somebody else")
+    assert read() == expected
+    spoil, what = CACHE_DAMAGE[kind]
+    spoil(tmp_path / "key")
+    assert read() == expected
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"{tmp_path}/key: {what}")
+    assert errors.endswith("; building this index again\n")
+    assert read() == expected
+    assert capsys.readouterr().err == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "key.lock"]
+
+
+def test_a_damaged_cache_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> dict[str, np.ndarray]:
+        return {"x": np.arange(5)}
+
+    cached_arrays(tmp_path, "key", ["x"], build)
+    os.truncate(tmp_path / "key" / "x.npy", 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", _read_only)
+        with pytest.raises(RequestError, match=f"index to {tmp_path}: Read-only file system; "):
+            cached_arrays(tmp_path, "key", ["x"], build)
+    with pytest.raises(RequestError, match=f"{tmp_path}/key is damaged as soon as it is written .x.npy is missing"):
+        cached_arrays(tmp_path, "key", ["x"], dict)
+
+
+def _read_only(*_: object) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def test_new_data_at_an_old_path_gets_a_new_index(tmp_path: Path) -> None:

@@ -7,16 +7,21 @@ import math
 import os
 import pickle
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_ext.checkpoint import CheckpointWriter, Manifest, find_checkpoint
 from megatron_ext.checkpoint.directory import LATEST, MANIFEST
 from megatron_ext.checkpoint.load import layout_of
+from megatron_ext.checkpoint.metadata import read_metadata
+from megatron_ext.checkpoint.piece import StoredPiece
 from megatron_ext.engine import Engine, EngineConfig
 from megatron_ext.mesh import build_grid
 from megatron_ext.models import preset, preset_names
@@ -225,7 +230,35 @@ def test_metadata_that_is_another_pickle(checkpoint: Path, capsys: pytest.Captur
     edit(checkpoint, lambda manifest: manifest["files"].update({".metadata": size}))
     code, report = verified(capsys, checkpoint)
     assert code == 1
-    assert report["problems"][0].startswith(".metadata cannot be read (AttributeError")
+    assert report["problems"] == [".metadata cannot be read (list where Metadata is expected)"]
+
+
+def put(checkpoint: Path, key: str, *values: float) -> None:
+    """Write the first values of a stored tensor anew."""
+    metadata = read_metadata(checkpoint)
+    index = MetadataIndex(key, metadata.state_dict_metadata[key].chunks[0].offsets)
+    info = metadata.storage_data[index]
+    start = StoredPiece(checkpoint / info.relative_path, info.offset, info.length, key)._values
+    with (checkpoint / info.relative_path).open("r+b") as file:
+        file.seek(start)
+        file.write(struct.pack(f"<{len(values)}f", *values))
+    edit(checkpoint, lambda manifest: manifest.pop("sha256"))
+
+
+def test_values_that_are_not_finite(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(checkpoint, "model.layers.1.mlp.up_proj.weight", math.nan, 1.0, -math.inf)
+    put(checkpoint, "optimizer.exp_avg_sq.norm.weight", math.inf)
+    code, report = verified(capsys, checkpoint)
+    words = "values that are not finite (NaN or infinite)"
+    assert (code, report["problems"]) == (
+        1,
+        [
+            f"model.layers.1.mlp.up_proj.weight has 2 of 1,536 {words}",
+            f"optimizer.exp_avg_sq.norm.weight has 1 of 32 {words}",
+        ],
+    )
+    assert verify(checkpoint, "--no-checksums") == 0
+    assert "every tensor is there, values not looked at" in capsys.readouterr().out
 
 
 def test_the_latest_all_and_what_lies_beside(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,14 +284,12 @@ def test_the_latest_all_and_what_lies_beside(saved: Path, tmp_path: Path, capsys
 def test_a_wrong_request_is_one_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    no_digests = f"--no-checksums: DIR {tmp_path}/bert has no digests to compare; only --json computes them"
     for arguments, message in (
         ((tmp_path / "none",), f"DIR {tmp_path}/none: no such directory"),
         ((tmp_path,), f"DIR {tmp_path}: not a checkpoint (manifest.json), a folder of checkpoints (latest) or a "),
         ((tmp_path, "--all"), f"--all: no checkpoints (iter_*) in DIR {tmp_path}"),
         ((saved / "tp" / "iter_0000001", "--all"), "is a checkpoint itself; give the folder that it is in"),
         ((tmp_path / "bert",), f"DIR {tmp_path}/bert: config.json: model_type 'bert' is not supported"),
-        ((tmp_path / "bert", "--no-checksums"), no_digests),
         ((), "the following arguments are required: DIR"),
     ):
         assert verify(*arguments) == 2
@@ -293,7 +324,7 @@ def test_a_hugging_face_model(hugging_face: Path, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert "3 layers, hidden 32, 4 heads (2 of keys and values), ffn 88, vocabulary 997" in out
     assert "bfloat16" in out
-    assert f"whole: all {len(shards)} files of weights, names and shapes as config.json asks" in out
+    assert f"whole: all {len(shards)} files of weights, names and shapes as config.json asks, every value is f" in out
 
 
 def test_its_way_into_a_native_checkpoint(hugging_face: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,6 +371,31 @@ def test_damage_of_a_hugging_face_model(
     assert len(report["problems"]) == 1
     assert problem in report["problems"][0]
     assert not report["problems"][0].startswith("--input")
+
+
+def test_a_hugging_face_model_that_is_not_finite(hugging_face: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither is it converted, checked or not."""
+    words = "values that are not finite (NaN or infinite)"
+    for name, value in (("model.norm.weight", math.nan), ("model.layers.2.mlp.up_proj.weight", math.inf)):
+        shard = next(file for file in hugging_face.glob("*.safetensors") if name in load_file(file))
+        tensors = load_file(shard)
+        tensors[name].view(-1)[3:5] = value
+        save_file(tensors, shard, {"format": "pt"})
+    capsys.readouterr()
+    code, report = verified(capsys, hugging_face)
+    assert code == 1
+    assert sorted(report["problems"]) == [
+        f"model.layers.2.mlp.up_proj.weight has 2 of 2,816 {words}",
+        f"model.norm.weight has 2 of 32 {words}",
+    ]
+    for flags in ((), ("--no-verify",)):
+        paths = ("--input", hugging_face, "--output", hugging_face.with_name("native"))
+        assert convert("--from", "hf", "--to", "native", *paths, *flags) == 2
+        assert (
+            f"error: --input {hugging_face}: layers.2.mlp.up_proj.weight has 2 of 2,816 {words}; "
+            f"norm.weight has 2 of 32 {words}: such a model is of no use\n"
+        ) in capsys.readouterr().err
+        assert sorted(path.name for path in hugging_face.parent.iterdir()) == ["hf", "one"]
 
 
 @pytest.mark.parametrize("value", [1.5, math.nan, True, 10**30, "x"])

@@ -6,7 +6,7 @@ DIR/release/, DIR/iter_0000100/
     common.pt             the arguments of the run, the iteration
     .metadata, *.distcp   torch DCP: the tensors of all layers stacked, or numbered by layer; optimizer states
 
-Read: weights and shape; optimizer states and `_extra_state` of Transformer Engine are passed over.
+Read: weights and shape; optimizer states, pickled objects and `_extra_state` of Transformer Engine are passed over.
 Written: weights and shape, as a release, which Megatron-LM's --load takes.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import json
 import pickle
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,13 @@ _CARRIED, _TOKENIZER = "hugging_face", "tokenizer"  # keys of ours in common.pt,
 _WORDS, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _LAYER = "decoder.layers.{}."
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)")
-_NO_WEIGHT = re.compile(r"(chained_\d+\.)?optimizer\.|.*\._extra_state")
+_NO_WEIGHT = re.compile(r"(chained_\d+\.)?optimizer\.|.*\._extra_state|.*/shard_")  # the last: of objects
 _GATE_APART = "mlp.linear_fc1.weight_w"
+# what of Python's own library arguments may be made of; any class of other packages may be among them
+_OF_PYTHON = frozenset(
+    {"_codecs", "argparse", "collections", "copyreg", "datetime", "enum", "functools", "pathlib", "signal", "types"}
+)
+_BUILTINS = frozenset(f"builtins.{name}" for name in ("bytearray", "complex", "frozenset", "getattr", "set", "slice"))
 
 
 def _rules(model: ModelConfig, gate_apart: bool) -> Iterator[Rule]:
@@ -185,7 +191,7 @@ def _latest(folder: Path, where: str) -> str:
 
 
 class _Opaque:
-    """Stands for any object of a class of Megatron-LM's, none of whose code is run."""
+    """Stands for any object of a class of Megatron-LM's or another package's, none of whose code is run."""
 
     def __init__(self, *_: Any):
         pass
@@ -195,9 +201,20 @@ class _Opaque:
 
 
 def _read_common(file: Path, where: str) -> dict[str, Any]:
-    """What is in common.pt: the run's arguments, and where we wrote it, what came from Hugging Face."""
+    """What is in common.pt: the run's arguments, and where we wrote it, what came from Hugging Face.
+
+    Nothing that it names is run: objects come to nothing, and a file with functions that no argument has any use for is
+    refused.
+    """
     try:
         foreign = set(get_unsafe_globals_in_checkpoint(str(file))) - {"argparse.Namespace"}
+        for name in sorted(foreign - _BUILTINS):
+            module = name.partition(".")[0]
+            if module in sys.stdlib_module_names and module not in _OF_PYTHON:
+                raise RequestError(
+                    f"{where}: {_COMMON} asks for {name}, which has no place in a run's arguments: nothing that a file "
+                    "names is run"
+                )
         with safe_globals([argparse.Namespace, *((_Opaque, name) for name in foreign)]):
             common = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, EOFError, ValueError, RuntimeError, LookupError, pickle.UnpicklingError) as error:
