@@ -242,7 +242,7 @@ def put(checkpoint: Path, key: str, *values: float) -> None:
     with (checkpoint / info.relative_path).open("r+b") as file:
         file.seek(start)
         file.write(struct.pack(f"<{len(values)}f", *values))
-    edit(checkpoint, lambda manifest: manifest.pop("sha256"))
+    edit(checkpoint, lambda manifest: manifest.update(sha256={}))
 
 
 def test_values_that_are_not_finite(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
