@@ -20,7 +20,7 @@ from megatron_ext.errors import RequestError
 from megatron_ext.footprint import ModelStates
 from megatron_ext.kernels import KernelConfig, load_kernels
 from megatron_ext.mesh import ParallelConfig, ProcessGrid
-from megatron_ext.models import Decoder, ModelConfig, initialize_weights, parameter_shapes
+from megatron_ext.models import AttentionInputs, Decoder, ModelConfig, initialize_weights, parameter_shapes
 from megatron_ext.models.count import flops_per_token
 from megatron_ext.models.names import is_adapter
 from megatron_ext.optim import LossScaler, Optimizer, OptimizerConfig, PrecisionConfig, States, TrainableConfig
@@ -179,7 +179,9 @@ class Engine:
         self.config, self.grid = config, grid
         n_microbatches = config.batch.microbatches(grid.dp_size)
         self.layout = plan_stages(config.pipeline, config.model, grid.size("pp"), n_microbatches)
-        self.stages = {i: self._build_stage(i) for i in self.layout.on_rank(grid.rank("pp"))}
+        tp = TensorParallel.from_grid(grid, config.parallel.sequence_parallel)
+        inputs = AttentionInputs(config.model, tp, config.precision.compute)
+        self.stages = {i: self._build_stage(i, tp, inputs) for i in self.layout.on_rank(grid.rank("pp"))}
         self.tied = TiedEmbedding([stage.decoder for stage in self.stages.values()], grid)
         self.pipeline = Pipeline(
             self.layout, self.stages, grid, n_microbatches, config.batch.micro_batch_size, config.batch.seq_length
@@ -188,16 +190,17 @@ class Engine:
         self.optimizer = self._build_optimizer()
         self.loss_scaler = LossScaler(config.precision, grid.device)
 
-    def _build_stage(self, index: int) -> Any:
+    def _build_stage(self, index: int, tp: TensorParallel, inputs: AttentionInputs) -> Any:
         config, grid = self.config, self.grid
         with torch.device("meta"):
             decoder = Decoder(
                 config.model,
                 self.layout.stages[index],
-                TensorParallel.from_grid(grid, config.parallel.sequence_parallel),
+                tp,
                 load_kernels(config.kernels),
                 config.precision.compute,
                 config.recompute.recompute_granularity,
+                inputs,
             ).to(config.precision.stored)
             if config.adapters is not None:
                 add_adapters(decoder, config.adapters)
@@ -240,14 +243,16 @@ class Engine:
         self.optimizer.take(states)
 
     def model_states(self) -> ModelStates:
-        """Bytes that this rank holds: weights and optimizer states now, gradients as the last update found them."""
+        """Bytes that this rank holds: weights and optimizer states now, gradients as the last update found them that
+        was to measure them (none yet: 0)."""
         return self.optimizer.model_states()
 
-    def train_step(self, batch: Batch, lr: float, stop: bool = False) -> torch.Tensor:
+    def train_step(self, batch: Batch, lr: float, stop: bool = False, measure: bool = False) -> torch.Tensor:
         """Forward, backward and update for one global batch, by the mean loss over its unmasked tokens.
 
         batch: "tokens" and "labels" [global batch / dp, s] int64 on the device, optionally (on all ranks or on none)
         "loss_mask", 0 or a weight for each token, "document_ids", "position_ids". `stop`: this rank wishes to stop.
+        `measure`: note what gradients take.
         Returns float64 [loss, gradient norm before clipping, ranks that wish to stop, 1 if the step was skipped
         for a gradient that is not finite], equal on every rank, still on the device.
         """
@@ -256,7 +261,7 @@ class Engine:
         self.tied.sum_gradients()
         wish = torch.full((), float(stop), dtype=torch.float64, device=self.grid.device)
         sums = torch.stack([loss, wish])
-        (mean_loss, wishes), norm, skipped = self.optimizer.update(sums, lr, scale)
+        (mean_loss, wishes), norm, skipped = self.optimizer.update(sums, lr, scale, measure)
         self.loss_scaler.update(skipped)
         return torch.stack([mean_loss, norm, wishes, skipped.double()])
 

@@ -129,7 +129,8 @@ class Trainer:
         while self.iteration < self.train_iters:
             rate = learning_rate(self.config.optimizer, self.iteration, self.train_iters)
             scale = self.engine.loss_scaler.scale
-            figures = self.engine.train_step(self._to_device(next(batches)), rate, stop=bool(stop))
+            batch = self._to_device(next(batches))
+            figures = self.engine.train_step(batch, rate, stop=bool(stop), measure=self.config.logging.report_memory)
             self.iteration += 1
             self.consumed_samples += self.batch_size
             self.results.put(self.iteration, rate, figures, scale)

@@ -119,7 +119,7 @@ def ddp(task: Task) -> Contender:
 
 def ours(task: Task, **zero: Any) -> Contender:
     engine = Engine(dataclasses.replace(task.config, zero=ZeroConfig(**zero)), task.grid)
-    return Contender(lambda: engine.train_step(task.batch, _LR)[:2], engine.model_states)
+    return Contender(lambda: engine.train_step(task.batch, _LR, measure=True)[:2], engine.model_states)
 
 
 def deepspeed(task: Task, zero_stage: int, **zero: Any) -> Contender:

@@ -26,8 +26,8 @@ class KernelConfig:
 @dataclasses.dataclass(frozen=True)
 class Kernels:
     """rms_norm(x, weight, eps); layer_norm(x, weight, bias, eps); swiglu(gate, up); attention(q, k, v, mask) with q
-    [b, heads, s, d], k and v [b, kv heads, s, d] -> [b, heads, s, d]; mask: None (causal), bool [b or 1, 1, s, s]
-    (True: may attend), or what is added to the scores, [b or 1, heads, s, s] in their dtype."""
+    [b, heads, s, d], k and v [b, kv heads, s, d] -> [b, heads, s, d]; mask: None (causal), or what is added to the
+    scores, [b or 1, 1 or heads, s, s] in their dtype."""
 
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     layer_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]

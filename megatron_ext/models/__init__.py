@@ -1,11 +1,13 @@
 """Decoders: their shapes, code, initial weights and operation counts."""
 
+from megatron_ext.models.attention_inputs import AttentionInputs
 from megatron_ext.models.config import ModelConfig
 from megatron_ext.models.decoder import Decoder, StageSpec, parameter_shapes
 from megatron_ext.models.initialize import initialize_parameter, initialize_weights
 from megatron_ext.models.presets import preset, preset_names
 
 __all__ = [
+    "AttentionInputs",
     "Decoder",
     "ModelConfig",
     "StageSpec",

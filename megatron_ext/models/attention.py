@@ -1,6 +1,4 @@
-"""Self-attention, cut over the tensor-parallel group by heads, and what a token may attend to."""
-
-import math
+"""Self-attention, cut over the tensor-parallel group by heads."""
 
 import torch
 from torch import nn
@@ -51,48 +49,3 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         return self.kernels.attention(q, k, v, mask)
-
-
-def attention_mask(
-    config: ModelConfig,
-    tp: TensorParallel,
-    length: int,
-    document_ids: torch.Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> torch.Tensor | None:
-    """What is to be added to the causal order: nothing (None), or who may attend to whom, or by how much.
-
-    document_ids [b, s]: a token attends to earlier tokens of its own document and to itself.
-    Returns bool [b or 1, 1, s, s], True: may attend; with ALiBi what is added to the scores, [b or 1, this rank's
-    heads, s, s] in `dtype`.
-    """
-    windowed = config.window_size is not None and config.window_size < length
-    alibi = config.position_embedding_type == "alibi"
-    if document_ids is None and not windowed and not alibi:
-        return None
-    index = torch.arange(length, device=device)
-    behind = index[:, None] - index[None, :]  # how far the key lies behind the query
-    allowed = (behind >= 0)[None]
-    if windowed:
-        assert config.window_size is not None
-        allowed = allowed & (behind < config.window_size)
-    if document_ids is not None:
-        allowed = allowed & (document_ids[:, :, None] == document_ids[:, None, :])
-    if not alibi:
-        return allowed[:, None]
-    heads = config.num_attention_heads // tp.size
-    slopes = alibi_slopes(config.num_attention_heads)[tp.rank * heads : (tp.rank + 1) * heads].to(device)
-    bias = (-slopes[:, None, None] * behind).to(dtype)
-    return bias.masked_fill(~allowed[:, None], -torch.inf)
-
-
-def alibi_slopes(heads: int) -> torch.Tensor:
-    """Of every head, float32 [heads] (Press et al., arXiv 2108.12409, section 3; its code for other than powers of 2).
-
-    A geometric sequence for the largest power of two, then every other term of the sequence for twice as many.
-    """
-    power = 2 ** math.floor(math.log2(heads))
-    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
-    slopes += [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(heads - power)]
-    return torch.tensor(slopes, dtype=torch.float32)

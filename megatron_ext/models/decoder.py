@@ -12,11 +12,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ext.kernels import KernelConfig, Kernels, load_kernels
-from megatron_ext.models.attention import Attention, attention_mask
+from megatron_ext.models.attention import Attention
+from megatron_ext.models.attention_inputs import AttentionInputs
 from megatron_ext.models.config import ModelConfig
 from megatron_ext.models.feed_forward import make_mlp
 from megatron_ext.models.norm import make_norm
-from megatron_ext.models.rotary import Rotation, rotation
+from megatron_ext.models.rotary import Rotation
 from megatron_ext.tensor_parallel import (
     ColumnParallelLinear,
     LoraConfig,
@@ -75,6 +76,7 @@ class Decoder(nn.Module):
     """One pipeline stage of the model (or all of it).
 
     dtype: what activations and products are computed in; parameters may be stored wider and are cast at use.
+    inputs: what the rank's stages share.
     """
 
     def __init__(
@@ -85,9 +87,11 @@ class Decoder(nn.Module):
         kernels: Kernels,
         dtype: torch.dtype,
         recompute: str | None = None,
+        inputs: AttentionInputs | None = None,
     ):
         super().__init__()
         self.config, self.stage, self.tp, self.dtype = config, stage, tp, dtype
+        self.inputs = inputs or AttentionInputs(config, tp, dtype)
         if stage.has_embedding:
             self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
             if config.position_embedding_type == "learned_absolute":
@@ -129,13 +133,12 @@ class Decoder(nn.Module):
         """
         cut = not self.stage.has_embedding and self.tp.sequence_parallel
         length = x.shape[1] * (self.tp.size if cut else 1)
-        positions = torch.arange(length, device=x.device) if position_ids is None else position_ids
         if self.stage.has_embedding:
-            x = self._embed(x, positions)
+            x = self._embed(x, self.inputs.positions(length, x.device) if position_ids is None else position_ids)
             if not x.requires_grad and torch.is_grad_enabled() and not self.stage.has_head:
                 x.requires_grad_()  # a schedule hands a gradient back over every boundary, needed or not
-        rope = rotation(self.config, positions, self.dtype)
-        mask = attention_mask(self.config, self.tp, length, document_ids, self.dtype, x.device)
+        rope = self.inputs.rotation(length, position_ids, x.device)
+        mask = self.inputs.mask(length, document_ids, x.device)
         for layer in self.layers.values():
             x = layer(x, rope, mask)
         if not self.stage.has_head:

@@ -6,6 +6,7 @@ from torch import nn
 from megatron_ext.kernels import Kernels
 from megatron_ext.models.config import ModelConfig
 from megatron_ext.tensor_parallel import Replicated, TensorParallel
+from megatron_ext.tensor_parallel.storage import local
 
 
 class RMSNorm(Replicated):
@@ -17,7 +18,7 @@ class RMSNorm(Replicated):
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.kernels.rms_norm(x, self.read(self.weight, x.dtype), self.eps)
+        return self.kernels.rms_norm(x, local(self.weight, x.dtype), self.eps)
 
 
 class LayerNorm(Replicated):
@@ -30,7 +31,7 @@ class LayerNorm(Replicated):
         self.bias = nn.Parameter(torch.empty(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.kernels.layer_norm(x, self.read(self.weight, x.dtype), self.read(self.bias, x.dtype), self.eps)
+        return self.kernels.layer_norm(x, local(self.weight, x.dtype), local(self.bias, x.dtype), self.eps)
 
 
 def make_norm(config: ModelConfig, tp: TensorParallel, kernels: Kernels, of_heads: bool = False) -> nn.Module:

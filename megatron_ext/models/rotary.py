@@ -38,14 +38,12 @@ def inverse_frequencies(config: ModelConfig, device: torch.device) -> torch.Tens
     return frequencies
 
 
-def rotation(config: ModelConfig, positions: torch.Tensor, dtype: torch.dtype) -> Rotation | None:
-    """The angles at `positions` [s] or [b, s], in `dtype`; None where the model has no rotary embedding.
+def rotation(config: ModelConfig, positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype) -> Rotation:
+    """The angles at `positions` [s] or [b, s], in `dtype`. frequencies: `inverse_frequencies`, on the same device.
 
     Angles are taken in float32, as Hugging Face does, so that both agree to the last bit of the rotation.
     """
-    if config.position_embedding_type != "rope":
-        return None
-    angles = positions.float()[..., None] * inverse_frequencies(config, positions.device)
+    angles = positions.float()[..., None] * frequencies
     interleaved = config.rotary_interleaved
     angles = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat([angles, angles], dim=-1)
     angles = angles[:, None] if angles.ndim == 3 else angles[None, None]

@@ -79,14 +79,17 @@ class Optimizer:
         return _local(tensor)[self._skipped[name] :]
 
     def update(
-        self, sums: torch.Tensor, lr: float, loss_scale: torch.Tensor | float
+        self, sums: torch.Tensor, lr: float, loss_scale: torch.Tensor | float, measure: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Take an optimizer step with the gradients there are, and sum `sums` over the world in the same message.
 
-        sums: float64 [n], this rank's shares. loss_scale: what the gradients are too large by.
+        sums: float64 [n], this rank's shares. loss_scale: what the gradients are too large by. measure: note what the
+        gradients take, for `model_states`.
         Returns the totals, the norm of the whole model's gradient before clipping (float64), and float32 1 if the
         step was skipped for a gradient that is not finite; all on the device, equal on every rank.
         """
+        if measure:
+            self._gradient_bytes = held(p.grad for p in self.params.values() if p.grad is not None)
         totals = torch.cat([sums, self._norm_contribution().to(sums.device)[None]])
         dist.all_reduce(totals)
         norm = totals[-1].sqrt()
@@ -122,7 +125,6 @@ class Optimizer:
         for such a step, else 0. Nothing here waits for the device, unless the update runs on the host: it cannot begin
         before the norm of all is there.
         """
-        self._gradient_bytes = held(p.grad for p in self.params.values() if p.grad is not None)
         factor = norm.new_ones(()) / loss_scale
         if self.config.clip_grad > 0:
             factor = factor * (self.config.clip_grad / (norm / loss_scale + 1e-6)).clamp(max=1.0)
@@ -152,7 +154,8 @@ class Optimizer:
             self._locals[name].grad = None
 
     def model_states(self) -> ModelStates:
-        """Bytes that this rank holds: weights and optimizer states now, gradients as the last update found them."""
+        """Bytes that this rank holds: weights and optimizer states now, gradients as the last update found them that
+        measured."""
         states = [] if self._adam is None else [t for state in self._adam.state.values() for t in state.values()]
         return ModelStates(held(self._named.values()), self._gradient_bytes, held([self.step_count, *states]))
 

@@ -86,6 +86,8 @@ class Pipeline:
 
         Returns this rank's share of the mean loss (float64 scalar): the world's shares add up to it.
         """
+        for data_parallel in self.stages.values():
+            data_parallel.begin()
         share = self._share_of_a_token(batch) if self.holds_last else 0.0
         averaged_over = next(iter(self.stages.values())).averaged_over
         self._loss_scale = share * (loss_scale * averaged_over)
@@ -121,8 +123,9 @@ class Pipeline:
         Returns this rank's shares, float64 [2], of the batch's summed loss and of the tokens that it is summed over.
         """
         modules = {index: stage.module for index, stage in self.stages.items()}
-        for module in modules.values():
-            module.eval()
+        for data_parallel in self.stages.values():
+            data_parallel.begin()
+            data_parallel.module.eval()
         self._losses += forward_only(modules, self.layout, self._split(batch), self.grid, self._hidden)
         for data_parallel in self.stages.values():
             data_parallel.module.train()

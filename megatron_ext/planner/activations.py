@@ -3,7 +3,8 @@
 Every term is a tensor that autograd saves in the layers of `models`, `tensor_parallel` and `kernels`. In the
 sizes: b sequences, s tokens, h hidden, f feed-forward, a heads of d, g key/value heads, t tensor-parallel ranks,
 e bytes of an element as computed. Attention keeps no scores (Dao et al., arXiv 2205.14135), unless torch's `math`
-kernel is asked for; documents in a sequence (which a configuration does not know of) would add their mask. Weights that
+kernel is asked for. What is the same for all microbatches is there once, see `attention_input_bytes`; documents in a
+sequence (which a configuration does not know of) would add their mask, b s s e, to every microbatch. Weights that
 --train-only freezes keep no input, except that those frozen by a pattern are counted as if they were trained.
 """
 
@@ -78,15 +79,15 @@ class _Sizes:
 def saved_bytes(config: EngineConfig, stage: StageSpec, device_type: str = "cuda", casts: bool = False) -> Saved:
     """What a microbatch keeps on `stage`.
 
-    config: validated. device_type: whose kernels run, "cuda" or "cpu". casts: weights are cast for every microbatch
-    (ZeRO-0 in bf16 or fp16), and autograd keeps the casts.
+    config: validated. device_type: whose kernels run, "cuda" or "cpu". casts: weights are cast by the layers, and their
+    gradients back (ZeRO-0 in bf16 or fp16).
     """
     sizes = _Sizes.of(config)
     e, layers, message = sizes.element, stage.last - stage.first, sizes.slice * sizes.element
     recomputes, widens = config.recompute.recompute_granularity == "full", _widens(config, device_type)
     whole_layer = sum(layer_terms(config, device_type).values())
     layer = message if recomputes else whole_layer
-    kept = layers * layer + sum(_shared(config).values())
+    kept = float(layers * layer)
     if stage.has_embedding:
         kept += sum(_embedding(config, device_type).values())
     elif widens and not recomputes:
@@ -100,15 +101,14 @@ def saved_bytes(config: EngineConfig, stage: StageSpec, device_type: str = "cuda
         kept += head
         elements = sizes.tokens * -(-config.model.vocab_size // config.parallel.tensor_model_parallel_size)
         logits, deferred_logits = elements * sizes.wide, elements * e
-        temporary_logits = elements * (sizes.wide + (e if e < sizes.wide else 0))
+        temporary_logits = elements * (e if e < sizes.wide else 0)
     else:
         kept += message  # the output, until its gradient has come
     temporary = _temporary(config, casts)
     if recomputes:
         one = StageSpec(stage.first, stage.first + 1, has_embedding=False, has_head=False)
-        temporary += whole_layer - (0 if widens else message) + (e * _elements(config, one) if casts else 0)
-    elif casts:
-        kept += e * _elements(config, dataclasses.replace(stage, has_embedding=False))
+        cast = e * local_elements(config, stage_parameters(config, one))[0] if casts else 0
+        temporary += whole_layer - (0 if widens else message) + cast
     if stage.has_embedding:  # there is no gradient to hand on, and torch leaves the whole backward pass for later
         deferred, deferred_logits = kept + message, logits
     else:
@@ -181,10 +181,7 @@ def _attention(config: EngineConfig, device_type: str) -> dict[str, float]:
             "scores": rows * config.batch.seq_length * wide,
             "output": q * e,
         }
-    terms |= {"queries": q * e, "keys and values": 2 * k * e, "log-sum-exp": rows * sizes.wide, "output": q * e}
-    if _mask(config) == "window":
-        terms["mask as added"] = config.batch.seq_length**2 * e
-    return terms
+    return terms | {"queries": q * e, "keys and values": 2 * k * e, "log-sum-exp": rows * sizes.wide, "output": q * e}
 
 
 def _feed_forward(config: EngineConfig) -> dict[str, float]:
@@ -208,24 +205,16 @@ def _adapters(config: EngineConfig, device_type: str) -> dict[str, float]:
     return {name: inputs.get(name, sizes.slice) * (sizes.element + mask) for name in adapters.lora_target_modules}
 
 
-def _mask(config: EngineConfig) -> str | None:
-    if config.model.position_embedding_type == "alibi":
-        return "alibi"
-    window = config.model.window_size
-    return "window" if window is not None and window < config.batch.seq_length else None
-
-
-def _shared(config: EngineConfig) -> dict[str, float]:
-    """What all layers of a stage read: the rotation's cosines and sines, the mask."""
+def attention_input_bytes(config: EngineConfig) -> float:
+    """What all layers of a rank read in every microbatch: positions, the rotation's cosines and sines, the mask."""
     model, s, e = config.model, config.batch.seq_length, config.precision.compute.itemsize
-    terms: dict[str, float] = {}
-    if model.position_embedding_type == "rope":
-        terms["rotation"] = 2 * s * model.rotary_dim * e
-    if _mask(config) == "alibi":
-        terms["mask"] = model.num_attention_heads // config.parallel.tensor_model_parallel_size * s * s * e
-    elif _mask(config) == "window" and config.recompute.recompute_granularity is not None:
-        terms["mask"] = s * s * _BOOL
-    return terms
+    rotation = 2 * s * model.rotary_dim * e if model.position_embedding_type == "rope" else 0
+    masks = 0
+    if model.position_embedding_type == "alibi":
+        masks = model.num_attention_heads // config.parallel.tensor_model_parallel_size
+    elif model.window_size is not None and model.window_size < s:
+        masks = 1
+    return float(s * _INDEX + rotation + masks * s * s * e)
 
 
 def _embedding(config: EngineConfig, device_type: str) -> dict[str, float]:
@@ -261,11 +250,6 @@ def _deferred_gradients(config: EngineConfig) -> float:
     inner = 2 if config.model.activation == "swiglu" else 1
     outputs = inner * sizes.ffn + sizes.queries + 2 * sizes.keys + 2 * sizes.whole + 2 * sizes.slice
     return outputs * sizes.element
-
-
-def _elements(config: EngineConfig, stage: StageSpec) -> int:
-    """Of all weights of a stage, on the first rank."""
-    return local_elements(config, stage_parameters(config, stage))[0]
 
 
 def paper_layer_bytes(

@@ -2,13 +2,14 @@
 
     inside a step, of the weights of a rank's stages (bytes c as computed, r as stored and reduced):
     ZeRO stage   weights                                     gradients
-    0            casts, where c is not r, by microbatch      (as held)
+    0            c of all but the embedding, if c is not r   (as held)
     1            c of all, gathered once                     r of all, whole until the last microbatch
     2            c of all, gathered once                     of one group on its way, whole
     3            c of one group in use and of the next       of one group on its way, whole
 
 A group is what FSDP gathers and reduces together: a layer, the embedding, the head. Zero-bubble schedules make the
-pipeline stage one group, see `zero.data_parallel`. DeepSpeed's groups and buckets are taken for the same.
+pipeline stage one group, see `zero.data_parallel`. DeepSpeed's groups and buckets are taken for the same. At stage 0
+layers that are computed again cast one at a time.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from megatron_ext.footprint import ModelStates
 from megatron_ext.models import StageSpec
 from megatron_ext.pipeline import SCHEDULES, StageLayout
 from megatron_ext.pipeline.actions import Action, action_lists
-from megatron_ext.planner.activations import Saved, saved_bytes
+from megatron_ext.planner.activations import Saved, attention_input_bytes, saved_bytes
 from megatron_ext.planner.states import (
     alike,
     fullest_states,
@@ -42,8 +43,8 @@ class RankMemory:
 
     states: as `Engine.model_states` has them, of which `offloaded` bytes are not on the device. working: weights and
     gradients that exist only inside a step (below 0 where the sharded gradients, which are among the states, are not
-    there yet). activations: what microbatches keep, and the temporaries of a backward pass. head: tensors as large as
-    the logits. buffers: messages between stages.
+    there yet). activations: what microbatches keep, what attention reads in all of them, and the temporaries of a
+    backward pass. head: tensors as large as the logits. buffers: messages between stages.
     """
 
     states: ModelStates
@@ -70,7 +71,7 @@ def pipeline_memory(config: EngineConfig, world_size: int, device_type: str = "c
     layout = layout_of(config, world_size)
     microbatches = config.batch.microbatches(config.parallel.data_parallel_size(world_size))
     ranks = shards(config, world_size) if is_sharded(config, world_size) else 0
-    casts = not ranks and config.precision.compute != config.precision.stored
+    casts, fixed = casts_weights(config, world_size), attention_input_bytes(config)
     kinds = [alike(config, stage) for stage in layout.stages]
     saved = {kind: saved_bytes(config, kind, device_type, casts) for kind in set(kinds)}
     points = {kind: _points(config, layout, kind, of, ranks, device_type) for kind, of in saved.items()}
@@ -81,13 +82,29 @@ def pipeline_memory(config: EngineConfig, world_size: int, device_type: str = "c
         mine = tuple(kinds[index] for index in layout.on_rank(rank))
         if mine not in standing:
             states = fullest_states(config, world_size, rank)
-            standing[mine] = states, _whole(config, mine, states) if ranks else 0.0
+            standing[mine] = states, _whole(config, mine, states) if ranks else casts * cast_bytes(config, mine)
         states, whole = standing[mine]
         highest = peak(passed, of_stages, points_of_stages)
         buffers = 2 * saved[kinds[0]].message if len(kinds) > 1 else 0.0  # one that arrives and one that leaves
         working, offloaded = whole + highest.working, _offloaded(config, states)
-        found.append(RankMemory(states, working, highest.activations, highest.logits, buffers, offloaded))
+        activations = fixed + highest.activations
+        found.append(RankMemory(states, working, activations, highest.logits, buffers, offloaded))
     return found
+
+
+def casts_weights(config: EngineConfig, world_size: int) -> bool:
+    """Whether weights are cast where they are used, for FSDP does not hold them: see `DataParallel.begin`."""
+    ours = config.zero.zero_engine == "torch" and not is_sharded(config, world_size)
+    return ours and config.precision.compute != config.precision.stored
+
+
+def cast_bytes(config: EngineConfig, stages: Iterable[StageSpec]) -> float:
+    """Bytes of a rank's casts, where there are any, that are kept for a step: not of embeddings, which are read as they
+    are stored, nor of layers that are computed again."""
+    again = config.recompute.recompute_granularity == "full"
+    kept = [StageSpec(s.last if again else s.first, s.last, has_embedding=False, has_head=s.has_head) for s in stages]
+    elements = sum(local_elements(config, stage_parameters(config, stage))[0] for stage in kept)
+    return float(config.precision.compute.itemsize * elements)
 
 
 def _offloaded(config: EngineConfig, states: ModelStates) -> float:
@@ -188,8 +205,8 @@ def _points(
 ) -> dict[str, Point]:
     """Where a pass through a stage needs most, by kind of pass. ranks: that ZeRO shards over; 0: it does not.
 
-    Forward: its end. Backward: the loss; the first layer of the pass (the stage's last); the reduction of that one's
-    gradients; the layer after it; the embedding.
+    Forward: its end. Backward: the loss; the head; the first layer of the pass (the stage's last); the reduction of
+    that one's gradients; the layer after it; the embedding.
     """
     compute, stored = config.precision.compute.itemsize, config.precision.stored.itemsize
     zero, splits = config.zero, _splits_backward(layout)
@@ -208,8 +225,14 @@ def _points(
         reduced = max(reduced, (2 + 1 / ranks) * sent)
     before = 0.0 if stage.has_embedding else sent * layer[1]
     loss = Point(0.0, saved.temporary_logits, at_loss + before)
+    of_head = first if config.model.tied and stage.has_embedding else last
+    # beside the gradient of the logits, which took their place, the weight's: as computed and, of a cast one, as stored
+    weight_of_head = (compute if ranks or compute == stored else compute + stored) * of_head[1] * stage.has_head
+    of_logits = (saved.temporary_logits or saved.logits) - saved.logits
+    head = Point(saved.message, of_logits, at_loss + before + weight_of_head)
     backward = [
         loss,
+        head,
         Point(saved.temporary - saved.head, -saved.logits, at_layer + (sent * last[1] if stage.has_head else before)),
         Point(-saved.head - saved.layer, -saved.logits, at_layer + reduced * layer[1]),
         Point(saved.temporary - saved.head - saved.layer, -saved.logits, at_layer + sent * layer[1]),

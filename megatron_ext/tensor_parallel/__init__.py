@@ -15,7 +15,12 @@ from megatron_ext.tensor_parallel.layers import (
     column_parallel,
 )
 from megatron_ext.tensor_parallel.lora import LoraConfig, adapter_product, add_adapters
-from megatron_ext.tensor_parallel.storage import distribute_parameters, localize_parameters, tp_shard_range
+from megatron_ext.tensor_parallel.storage import (
+    distribute_parameters,
+    localize_parameters,
+    shares_of_gradients,
+    tp_shard_range,
+)
 
 __all__ = [
     "ColumnParallelLinear",
@@ -30,6 +35,7 @@ __all__ = [
     "column_parallel",
     "distribute_parameters",
     "localize_parameters",
+    "shares_of_gradients",
     "tp_shard_range",
     "vocab_parallel_cross_entropy",
 ]

@@ -7,6 +7,7 @@ overlaps with the weight gradient. Sequence-parallel activations are [batch, seq
 Source: Shoeybi et al., arXiv 1909.08053, section 3; Korthikanti et al., arXiv 2205.05198, section 4.2.2.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,9 +23,20 @@ else:
 
 def gather_sequence(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     """[b, s/tp, ...] on every rank -> [b, s, ...]."""
+    return start_gather_sequence(x, tp)()
+
+
+def start_gather_sequence(x: torch.Tensor, tp: TensorParallel) -> Callable[[], torch.Tensor]:
+    """Begin `gather_sequence`; what is returned waits for it and gives its result."""
     parts = x.new_empty((tp.size * x.shape[0], *x.shape[1:]))
-    all_gather(parts, x.contiguous(), group=tp.group)
-    return parts.unflatten(0, (tp.size, -1)).transpose(0, 1).flatten(1, 2)
+    work = all_gather(parts, x.contiguous(), group=tp.group, async_op=True)
+
+    def finish() -> torch.Tensor:
+        if work is not None:
+            work.wait()
+        return parts.unflatten(0, (tp.size, -1)).transpose(0, 1).flatten(1, 2)
+
+    return finish
 
 
 def scatter_sequence_sum(

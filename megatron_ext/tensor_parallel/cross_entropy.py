@@ -2,6 +2,9 @@
 
 Source: Shoeybi et al., arXiv 1909.08053, section 3 (fused parallel cross entropy). Two all-reduces of [b, s]:
 the maximum, and the sum of exponentials with the target's logit.
+
+Beside the logits there is one tensor of their size in float32 (none, if they are that wide): the exponentials, which
+are kept, and of which the backward pass makes the gradient.
 """
 
 from typing import Any
@@ -17,11 +20,11 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, start: int, tp: TensorParallel) -> torch.Tensor:
         accumulate = torch.promote_types(logits.dtype, torch.float32)  # float64 stays, half precision does not
-        shifted = logits.flatten(0, -2).to(accumulate)
+        shifted = logits.flatten(0, -2).to(accumulate)  # wide logits are overwritten
         peak = shifted.amax(-1, keepdim=True)
         if tp.size > 1:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=tp.group)
-        shifted = shifted - peak
+        shifted.sub_(peak)
         index = labels.flatten() - start
         mine = (index >= 0) & (index < shifted.shape[-1])
         index = index.clamp(0, shifted.shape[-1] - 1)
@@ -30,15 +33,18 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         sums = torch.stack([exp.sum(-1), target])
         if tp.size > 1:
             dist.all_reduce(sums, group=tp.group)
-        ctx.save_for_backward(exp, sums[0], index, mine)
-        ctx.shape, ctx.dtype = logits.shape, logits.dtype
+        ctx.save_for_backward(sums[0], index, mine)
+        ctx.exp, ctx.shape, ctx.dtype = exp, logits.shape, logits.dtype
         return (sums[0].log() - sums[1]).view(labels.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        exp, total, index, mine = ctx.saved_tensors
-        probability = exp / total[:, None]
-        probability.scatter_add_(-1, index[:, None], -mine.to(exp.dtype)[:, None])
+        if ctx.exp is None:
+            raise RuntimeError("the gradient of the cross entropy is made in place: it can be taken only once")
+        total, index, mine = ctx.saved_tensors
+        probability, ctx.exp = ctx.exp, None
+        probability.div_(total[:, None])
+        probability.scatter_add_(-1, index[:, None], -mine.to(probability.dtype)[:, None])
         probability.mul_(grad.flatten()[:, None])
         return probability.to(ctx.dtype).view(ctx.shape), None, None, None
 
@@ -46,7 +52,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 def vocab_parallel_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, tp: TensorParallel
 ) -> torch.Tensor:
-    """Loss of every token, in at least float32.
+    """Loss of every token, in at least float32. Overwrites float32 and float64 logits; differentiable once.
 
     logits [b, s, this rank's share of vocab_size], labels [b, s] int64 with ids of the whole vocabulary -> [b, s].
     """

@@ -36,6 +36,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.lora: nn.Module | None = None  # see lora.add_adapters
         self.tp_shard_dims = {"weight": 0, "bias": 0} if rows is None else {}
+        self.tp_shares: tuple[str, ...] = () if rows is None else ("weight", "bias")
 
     def local_weight(self, dtype: torch.dtype) -> torch.Tensor:
         return self._local(self.weight, dtype)
@@ -47,9 +48,8 @@ class ColumnParallelLinear(nn.Module):
         return y if self.lora is None else y + self.lora(x)
 
     def _local(self, param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if self.rows is None:
-            return local(param, dtype)
-        return local(param, dtype, partial_grad=True)[self.rows]
+        whole = local(param, dtype)
+        return whole if self.rows is None else whole[self.rows]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return column_parallel(x, self)[0]
@@ -72,11 +72,12 @@ class RowParallelLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.lora: nn.Module | None = None
+        self.tp_shares = ("bias",) if tp.sequence_parallel else ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = leave(F.linear(x, local(self.weight, x.dtype)), self.tp)
         if self.bias is not None:  # after the sum, once; under sequence parallelism each rank sees its own tokens
-            y = y + local(self.bias, y.dtype, partial_grad=self.tp.sequence_parallel)
+            y = y + local(self.bias, y.dtype)
         return y if self.lora is None else y + self.lora(x)
 
 
@@ -115,8 +116,9 @@ class Replicated(nn.Module):
         self.tp = tp
         self._sees_a_part = tp.size > 1 and (of_heads or tp.sequence_parallel)
 
-    def read(self, param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return local(param, dtype, partial_grad=self._sees_a_part)
+    @property
+    def tp_shares(self) -> tuple[str, ...]:
+        return tuple(self._parameters) if self._sees_a_part else ()
 
 
 class PositionEmbedding(Replicated):
@@ -131,4 +133,4 @@ class PositionEmbedding(Replicated):
         """[s] or [b, s] int64 -> [s, h] or [b, s, h], of this rank's slice of the sequence if it is cut."""
         if self.tp.sequence_parallel:
             positions = positions.chunk(self.tp.size, dim=-1)[self.tp.rank]
-        return F.embedding(positions + self.offset, self.read(self.weight, self.weight.dtype)).to(dtype)
+        return F.embedding(positions + self.offset, local(self.weight, self.weight.dtype)).to(dtype)

@@ -2,7 +2,9 @@
 
 Forward: (gather the sequence,) y_i = x W_i^T for every weight that reads the same input (q, k and v; gate and up).
 Backward: dx = sum_i dy_i W_i is reduced over tp while the weight gradients are computed. Under sequence
-parallelism only this rank's slice of x is kept for backward and gathered again, as in arXiv 2205.05198, 4.2.2.
+parallelism only this rank's slice of x is kept for backward and gathered again, as in arXiv 2205.05198, 4.2.2: that
+begins before dx is computed, and hides behind it. One group's messages travel in the order in which they are begun,
+so that the weight gradients wait for the first alone.
 
 Under zero-bubble schedules autograd visits the node twice, once for dx and once for the dW; each visit does its
 own half only.
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_ext.tensor_parallel.collectives import gather_sequence, scatter_sequence_sum
+from megatron_ext.tensor_parallel.collectives import gather_sequence, scatter_sequence_sum, start_gather_sequence
 from megatron_ext.tensor_parallel.context import TensorParallel
 
 
@@ -46,19 +48,23 @@ class _ColumnParallelLinear(torch.autograd.Function):
         want_w = [_wanted(ctx, 1 + i) for i in range(len(weights))]
         rows = [grad.flatten(0, 1) for grad in grads]
 
+        gathered = None
+        if any(want_w) and tp.sequence_parallel:
+            gathered = start_gather_sequence(x, tp)
         dx, work = None, None
         if want_x:
-            product = rows[0] @ weights[0]
+            dx = rows[0] @ weights[0]
             for row, weight in zip(rows[1:], weights[1:], strict=True):
-                product.addmm_(row, weight)
-            dx = product.view(*grads[0].shape[:-1], -1)
+                dx.addmm_(row, weight)
+            dx = dx.view(*grads[0].shape[:-1], -1)
             if tp.sequence_parallel:
                 dx, work = scatter_sequence_sum(dx, tp, async_op=True)
             else:
                 work = dist.all_reduce(dx, group=tp.group, async_op=True)
         dw: list[torch.Tensor | None] = [None] * len(weights)
         if any(want_w):
-            full = (gather_sequence(x, tp) if tp.sequence_parallel else x).flatten(0, 1)
+            full = (x if gathered is None else gathered()).flatten(0, 1)
+            gathered = None  # and what it holds
             dw = [row.T @ full if want else None for row, want in zip(rows, want_w, strict=True)]
         if work is not None:
             work.wait()

@@ -56,9 +56,8 @@ class _Adapter(nn.Module):
         self.a = nn.Parameter(torch.empty(config.lora_rank, in_features, dtype=linear.weight.dtype))
         self.b = nn.Parameter(torch.empty(config.lora_rank, out_features, dtype=linear.weight.dtype))
 
-    def _down(self, x: torch.Tensor, partial_grad: bool) -> torch.Tensor:
-        a = local(self.a, x.dtype, partial_grad)
-        return F.linear(F.dropout(x, self.dropout, self.training), a) * self.scale
+    def _down(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.dropout(x, self.dropout, self.training), local(self.a, x.dtype)) * self.scale
 
 
 class ColumnAdapter(_Adapter):
@@ -71,10 +70,11 @@ class ColumnAdapter(_Adapter):
         super().__init__(linear, config)
         self.rows = linear.rows
         self.tp_shard_dims = {"b": 1} if linear.rows is None else {}
+        self.tp_shares = ("a",) * self.tp.sequence_parallel + ("b",) * (linear.rows is not None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        low = self._down(x, partial_grad=self.tp.sequence_parallel)
-        b = local(self.b, x.dtype, partial_grad=self.rows is not None)
+        low = self._down(x)
+        b = local(self.b, x.dtype)
         return column_parallel_linear(low, [(b if self.rows is None else b[:, self.rows]).T], self.tp)[0]
 
 
@@ -83,9 +83,13 @@ class RowAdapter(_Adapter):
 
     tp_shard_dims = {"a": 1}
 
+    def __init__(self, linear: RowParallelLinear, config: LoraConfig):
+        super().__init__(linear, config)
+        self.tp_shares = ("b",) if self.tp.sequence_parallel else ()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        low = leave(self._down(x, partial_grad=False), self.tp)
-        return F.linear(low, local(self.b, x.dtype, partial_grad=self.tp.sequence_parallel).T)
+        low = leave(self._down(x), self.tp)
+        return F.linear(low, local(self.b, x.dtype).T)
 
 
 def adapter_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:

@@ -5,13 +5,14 @@ initialisation all read the placement of the parameter itself. Nothing is padded
 size n holds rows [r * ceil(n / tp), (r + 1) * ceil(n / tp)), cut off at n (torch.chunk's rule).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 
 def tp_shard_range(size: int, tp_size: int, tp_rank: int) -> tuple[int, int]:
@@ -26,6 +27,19 @@ def parameter_shard_dim(module: nn.Module, name: str) -> int | None:
     A layer declares it in `tp_shard_dims`; what it does not mention is replicated.
     """
     return getattr(module, "tp_shard_dims", {}).get(name)
+
+
+def shares_of_gradients(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """(owner, name) of every parameter of `module` of whose gradient each tp rank computes a share only.
+
+    The weight is replicated over tp, but each rank applies it to its own part of the activations (a norm under
+    sequence parallelism, say). A layer declares such parameters in `tp_shares`; forgetting one is silent. Whoever
+    reduces gradients sums the shares, once a step.
+    """
+    for owner in module.modules():
+        for name in getattr(owner, "tp_shares", ()):
+            if getattr(owner, name) is not None:
+                yield owner, name
 
 
 def distribute_parameters(model: nn.Module, tp_mesh: DeviceMesh) -> None:
@@ -61,6 +75,7 @@ def localize_parameters(module: nn.Module, device: torch.device, dtype: torch.dt
     Its storage is new and uninitialised. For engines that do not know DTensors. done: DTensor -> plain parameter,
     shared between calls so that tied parameters stay tied.
     """
+    shares = set(shares_of_gradients(module))
     for owner in module.modules():
         for name, param in list(owner._parameters.items()):
             if not isinstance(param, DTensor):
@@ -68,7 +83,8 @@ def localize_parameters(module: nn.Module, device: torch.device, dtype: torch.dt
             if param not in done:
                 local = torch.empty(param.to_local().shape, dtype=dtype, device=device)
                 plain = nn.Parameter(local, requires_grad=param.requires_grad)
-                plain.tp_group = param.device_mesh.get_group()  # type: ignore[attr-defined]  # see `local`
+                if (owner, name) in shares:
+                    plain.tp_group = param.device_mesh.get_group()  # type: ignore[attr-defined]  # see `local`
                 done[param] = plain
             owner._parameters[name] = done[param]
 
@@ -88,15 +104,32 @@ class _SumOfShares(torch.autograd.Function):
         return total.to(grad.dtype), None
 
 
-def local(param: torch.Tensor, dtype: torch.dtype, partial_grad: bool = False) -> torch.Tensor:
+class _Cast(torch.autograd.Function):
+    """`param.to(dtype)`, kept in `made` by dtype: for as long as that stands, one copy serves every use."""
+
+    @staticmethod
+    def forward(ctx: Any, param: torch.Tensor, dtype: torch.dtype, made: dict[torch.dtype, torch.Tensor]) -> Any:
+        ctx.dtype = param.dtype
+        if dtype not in made:
+            made[dtype] = param.to(dtype)
+        return made[dtype].detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad.to(ctx.dtype), None, None
+
+
+def local(param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """This rank's part of `param` as a plain tensor in `dtype`, differentiable.
 
-    `partial_grad`: the weight is replicated over tp but each rank computes only its share of the gradient
-    (a norm under sequence parallelism, say), so the shares are to be summed. Forgetting it is silent. A DTensor's
-    are summed when its gradient is reduced, a plain parameter's at once.
+    Attributes of `param` that change how: `casts`, what was cast since a step began (see `DataParallel.begin`);
+    `tp_group`, of a plain parameter whose gradient is to be summed at once over the ranks that compute shares of it.
     """
+    casts = getattr(param, "casts", None)
     if isinstance(param, DTensor):
-        param = param.to_local(grad_placements=[Partial()] * param.device_mesh.ndim if partial_grad else None)
-    elif partial_grad and hasattr(param, "tp_group"):
+        param = param.to_local()
+    elif hasattr(param, "tp_group"):
         param = _SumOfShares.apply(param, param.tp_group)
-    return param.to(dtype)
+    if casts is None or param.dtype == dtype:
+        return param.to(dtype)
+    return _Cast.apply(param, dtype, casts)

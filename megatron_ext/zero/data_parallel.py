@@ -7,10 +7,11 @@
     3            gathered layer by layer      every microbatch, reduce-scatter; or once per step, if accumulated whole
 
 With hybrid sharding the all-reduce over replicas happens once per step, whatever the stage. Gradients are
-*summed*; the loss carries the scale. What is accumulated over microbatches is accumulated in the dtype of the stored
-weights, in whatever dtype it travels. Zero-bubble schedules cut a backward pass into its "input" and its "weight"
-half; stages 2 and 3 reduce after the weight half, and stage 3 gathers the whole pipeline stage for each half,
-because torch's split backward reads all of its parameters at once.
+*summed*; the loss carries the scale. Those of which every tensor-parallel rank computes a share are summed over these
+once a step too, together, when all else is done: on shards, where there are any. What is accumulated over
+microbatches is accumulated in the dtype of the stored weights, in whatever dtype it travels. Zero-bubble schedules cut
+a backward pass into its "input" and its "weight" half; stages 2 and 3 reduce after the weight half, and stage 3 gathers
+the whole pipeline stage for each half, because torch's split backward reads all of its parameters at once.
 """
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models import Decoder
+from megatron_ext.tensor_parallel import shares_of_gradients
 from megatron_ext.zero.config import ZeroConfig
 from megatron_ext.zero.reduction import Bfloat16ReduceScatter, all_reduce
 from megatron_ext.zero.sharding import finish_backward, fsdp_modules, shard
@@ -52,6 +54,23 @@ class DataParallel:
                 for module in fsdp_modules(decoder):
                     module.set_custom_reduce_scatter(self._reduce_scatter)
 
+    def begin(self) -> None:
+        """Start a step, or an evaluation: what parameters are now they stay until it is over.
+
+        Where FSDP does not hold them in the dtype that is computed in, each is cast at its first use and the copy kept,
+        for all microbatches, until the last backward pass (or `reshard`). Not in layers that are computed again: there
+        no microbatch keeps a copy.
+        """
+        if not self.stage:
+            self._keep_casts(True)
+
+    def _keep_casts(self, keep: bool) -> None:
+        again = {p for layer in self.decoder.layers.values() if layer.recompute for p in layer.parameters()}
+        for param in self.module.parameters():
+            if param in again:
+                continue
+            param.casts = {} if keep else None  # type: ignore[attr-defined]  # see tensor_parallel.storage.local
+
     def backward(self, output: torch.Tensor, grad: torch.Tensor | None, last: bool) -> None:
         """The backward pass of one microbatch. last: of the step. grad: None where `output` is the loss."""
         self.before_backward("full", last)
@@ -70,12 +89,28 @@ class DataParallel:
 
     def after_backward(self, kind: str, last: bool) -> None:
         """Accumulate or reduce what the backward pass just finished leaves to be done by hand."""
-        if not self.stage:
-            if last:
-                self._all_reduce_gradients()
-        elif kind == "weight":
+        if self.stage and kind == "weight":
             self._set(last or self._reduces_each, reshard=self.stage == 3 or last, last=last)
             finish_backward(self.module)
+        if last and kind != "input":
+            self._finish_step()
+
+    @torch.no_grad()
+    def _finish_step(self) -> None:
+        if not self.stage:
+            self._keep_casts(False)
+            self._all_reduce_gradients()
+        if self.grid.size("tp") > 1:
+            self._sum_shares()
+
+    def _sum_shares(self) -> None:
+        """Sum over tensor parallelism the gradients of which each rank has computed a share, in one message."""
+        params = [getattr(owner, name) for owner, name in shares_of_gradients(self.module)]
+        grads = [_grad(p).to_local() for p in params if p.grad is not None]
+        on_device = [grad.to(self.grid.device) for grad in grads]  # offloaded ones are on the host
+        all_reduce(on_device, self.grid.mesh["tp"].get_group())
+        if grads and self.device != self.grid.device:
+            torch._foreach_copy_(grads, on_device)
 
     def _set(self, reduce: bool, reshard: bool, last: bool) -> None:
         module = self.module
@@ -89,24 +124,16 @@ class DataParallel:
 
     def reshard(self) -> None:
         """Give back gathered parameters after a pass without backward: they go stale at the next optimizer step."""
+        if not self.stage:
+            self._keep_casts(False)
         for module in fsdp_modules(self.module):
             module.reshard()
 
-    @torch.no_grad()
     def _all_reduce_gradients(self) -> None:
-        """ZeRO-0: complete the tensor-parallel sums, then sum over all data-parallel ranks, in large buckets."""
+        """ZeRO-0: sum over all data-parallel ranks, in large buckets."""
         params = [p for p in self.module.parameters() if p.grad is not None]
         for p in params:  # a split backward may leave a transposed view, which others read in the order of storage
             p.grad = _grad(p).contiguous()
-        partial = [p for p in params if _grad(p).placements[0].is_partial()]
-        if self.grid.size("tp") > 1:
-            all_reduce([_grad(p).to_local() for p in partial], self.grid.mesh["tp"].get_group())
-        for p in partial:
-            grad = _grad(p)
-            assert isinstance(p, DTensor)
-            p.grad = DTensor.from_local(
-                grad.to_local(), grad.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-            )
         dtype = torch.bfloat16 if self._in_bf16 else None
         for axis in ("dp_shard", "dp_replicate"):
             if self.grid.size(axis) > 1:

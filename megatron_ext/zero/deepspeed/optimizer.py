@@ -39,11 +39,12 @@ class DeepSpeedOptimizer:
         self._write(initial)
 
     def update(
-        self, sums: torch.Tensor, lr: float, loss_scale: torch.Tensor | float
+        self, sums: torch.Tensor, lr: float, loss_scale: torch.Tensor | float, measure: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `optim.Optimizer.update`; the norm, over pp, dp and tp, and the clipping by it are DeepSpeed's."""
         dist.all_reduce(sums)
-        self._gradient_bytes = held(gradients(self._engine))
+        if measure:
+            self._gradient_bytes = held(gradients(self._engine))
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()

@@ -76,6 +76,9 @@ class DeepSpeedStage:
                     zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),  # hpZ's, once it exists
                 )
 
+    def begin(self) -> None:
+        """Nothing to do: DeepSpeed holds the weights in the dtype that is computed in."""
+
     def backward(self, output: torch.Tensor, grad: torch.Tensor | None, last: bool) -> None:
         """The backward pass of one microbatch. last: of the step. grad: None where `output` is the loss."""
         # DeepSpeed notes the end of a backward pass at the next forward pass. A pipeline runs backward passes in a
