@@ -119,7 +119,7 @@ def test_several_nodes(tmp_path: Path, recorder: Path, port: dict[str, str]) -> 
     assert config.logging.metrics == "run.jsonl"
     assert config.parallel.sequence_parallel
     assert config.precision.bf16
-    assert config.pipeline.pipeline_layers == (19, 22, 23)
+    assert config.pipeline.pipeline_layers == (10, 11, 11, 11, 11, 10)
     assert config.recompute.recompute_granularity is None
     assert (config.zero.zero_stage, config.training.seed) == (2, 7)
     assert config.model.vocab_size == 50272

@@ -23,6 +23,22 @@ def storages(tensors: Any) -> Iterable[torch.UntypedStorage]:
             yield (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
 
 
+class Highest(TorchDispatchMode):
+    """highest: most bytes that there were, after any operator, of what operators inside the context have made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.highest = 0
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {id(s) for s in storages((args, kwargs))}
+        self._seen.update(s for s in storages(result) if id(s) not in given)
+        self.highest = max(self.highest, sum(s.nbytes() for s in self._seen))
+        return result
+
+
 class Watch(TorchDispatchMode):
     """Inside the context: what operators take and give, but for what there was before (the engine's, the batch's).
 

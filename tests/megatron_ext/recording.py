@@ -1,10 +1,12 @@
-"""What a running pipeline does on this rank, and when."""
+"""What runs on this rank, and when: passes of a pipeline, messages and matrix products."""
 
 import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
+
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ext.pipeline.actions import Action
 from megatron_ext.pipeline.stage import Stage
@@ -32,3 +34,21 @@ def recorded_actions() -> Iterator[list[Span]]:
     names = ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk")
     with mock.patch.multiple(Stage, **{name: noted(name) for name in names}):
         yield spans
+
+
+class Issued(TorchDispatchMode):
+    """names: the messages and matrix products that are issued inside the context, in order; of messages that are waited
+    for at once with an exclamation mark."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            names = [argument.name.lower().replace("_", "") for argument in func._schema.arguments]
+            at_once = "asyncop" in names and len(args) > names.index("asyncop") and not args[names.index("asyncop")]
+            self.names.append(func._opname.strip("_") + "!" * at_once)
+        elif func._opname.strip("_") in ("mm", "addmm"):
+            self.names.append("product")
+        return func(*args, **(kwargs or {}))

@@ -21,8 +21,11 @@ from megatron_ext.mesh import AXES, ProcessGrid, build_grid
 from megatron_ext.models.count import parameters, parameters_per_layer
 from megatron_ext.models.decoder import DecoderLayer
 from megatron_ext.pipeline import SCHEDULES
+from megatron_ext.tensor_parallel import TensorParallel
+from megatron_ext.tensor_parallel.linear import column_parallel_linear
 from megatron_ext.zero import DataParallel
 from tests.distributed import Pool
+from tests.megatron_ext.recording import Issued
 from tests.megatron_ext.training import LR, global_batch, share, tiny
 
 GATHER, SCATTER, REDUCE, SEND = "all-gather", "reduce-scatter", "all-reduce", "send"
@@ -233,6 +236,43 @@ def test_sequence_parallel_messages(pool: Pool, layers: int) -> None:
             ("tp", REDUCE, (2, 8 * 16)): m,
             ("tp", REDUCE, (norms,)): 1,  # gradients of the norms: every rank saw its own tokens
         }
+
+
+def issued_in_backward() -> tuple[list[str], list[str], list[str]]:
+    """By a whole backward pass through a column-parallel product of two weights, and by its two halves."""
+    tp = TensorParallel(dist.get_world_size(), dist.get_rank(), dist.group.WORLD, sequence_parallel=True)
+    x = torch.ones(2, 4, 8, requires_grad=True)
+    weights = [torch.ones(6, 8, requires_grad=True) for _ in range(2)]
+    found = []
+    for asked in ([x, *weights], [x], weights):
+        outputs = column_parallel_linear(x, weights, tp)
+        with Issued() as issued:
+            torch.autograd.grad(outputs, asked, [torch.ones_like(y) for y in outputs])
+        found.append(issued.names)
+    whole, inputs, of_weights = found
+    return whole, inputs, of_weights
+
+
+def test_the_input_is_gathered_while_its_gradient_is_computed(pool: Pool) -> None:
+    """Under sequence parallelism: gather begun, products of dx, reduce-scatter begun, products of the weights."""
+    gather, scatter, product = "allgather_base", "reduce_scatter_base", "product"
+    inputs, of_weights = [product, product, scatter], [gather, product, product]
+    for found in pool.run(issued_in_backward, 2):
+        assert found == ([gather, *inputs, product, product], inputs, of_weights)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_shares_of_gradients_are_summed_once_a_step(pool: Pool, stage: int) -> None:
+    """What a tensor-parallel rank has computed from its own tokens or heads alone: of norms, of biases behind a
+    row-parallel product, of keys and values with fewer heads than ranks. On shards, from stage 1 on."""
+    options = {"num_query_groups": 1, "qk_layernorm": True, "add_bias_linear": True, "zero_stage": stage}
+    config = tiny(tensor_model_parallel_size=2, sequence_parallel=True, micro_batch_size=4, **options)
+    model = config.model
+    h, d, layers = model.hidden_size, model.head_dim, model.num_layers
+    elements = h + layers * (2 * h + 2 * d + 2 * h + 2 * (d * h + d))
+    for messages in pool.run(messages_of_a_step, 4, config):
+        sums = {key: n for key, n in messages.items() if key[:2] == ("tp", REDUCE) and len(key[2]) == 1}
+        assert sums == {("tp", REDUCE, (elements // (2 if stage else 1),)): 1}
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -262,7 +262,7 @@ def states_of(engine: Engine) -> dict[str, torch.Tensor]:
 def steps(engine: Engine, config: EngineConfig, numbers: range) -> list[tuple[float, float]]:
     """(loss, gradient norm) of these steps."""
     batches = (share(global_batch(config, step), engine.grid, config.batch.micro_batch_size) for step in numbers)
-    return [tuple(engine.train_step(batch, LR)[:2].tolist()) for batch in batches]
+    return [tuple(engine.train_step(batch, LR, measure=True)[:2].tolist()) for batch in batches]
 
 
 def write(config: EngineConfig, folder: Path) -> tuple[dict[str, torch.Tensor], list[tuple[float, float]]]:

@@ -144,7 +144,7 @@ def states_of(configs: list[EngineConfig]) -> list[ModelStates]:
         grid = build_grid(config.parallel, torch.device("cpu"))
         engine = Engine(config, grid)
         assert engine.model_states().gradients == 0
-        engine.train_step(share(global_batch(config, 0), grid, config.batch.micro_batch_size), LR)
+        engine.train_step(share(global_batch(config, 0), grid, config.batch.micro_batch_size), LR, measure=True)
         states = engine.model_states()
         counts = 4 * (1 + sum(local.numel() > 0 for local in engine.optimizer._locals.values()))
         found.append(dataclasses.replace(states, optimizer=states.optimizer - counts))

@@ -16,8 +16,8 @@ from megatron_ext.models import StageSpec
 from megatron_ext.pipeline import plan_stages
 from megatron_ext.pipeline.actions import Action, action_lists
 from megatron_ext.pipeline.stage import Stage
-from megatron_ext.planner.activations import saved_bytes
-from megatron_ext.planner.memory import moments, pipeline_memory, rank_moments
+from megatron_ext.planner.activations import attention_input_bytes, saved_bytes
+from megatron_ext.planner.memory import cast_bytes, moments, pipeline_memory, rank_moments
 from megatron_ext.planner.states import rank_states
 from tests.distributed import Pool
 from tests.megatron_ext.live import Watch
@@ -59,7 +59,7 @@ def held(configs: list[EngineConfig]) -> list[tuple[ModelStates, ModelStates]]:
     for config in configs:
         grid = build_grid(config.parallel, torch.device("cpu"))
         engine = Engine(config, grid)
-        engine.train_step(share(global_batch(config, 0), grid, config.batch.micro_batch_size), LR)
+        engine.train_step(share(global_batch(config, 0), grid, config.batch.micro_batch_size), LR, measure=True)
         found.append((engine.model_states(), rank_states(engine.config, grid.world_size, grid.mesh.get_rank())))
     return found
 
@@ -165,14 +165,17 @@ def test_a_few_rounds_show_what_is_kept(schedule: str, chunks: int) -> None:
 
 def kept_by_passes(config: EngineConfig, pp_rank: int) -> list[tuple[Action, float]]:
     layout = plan_stages(config.pipeline, config.model, 2, MICROBATCHES)
-    casts = config.precision.compute != config.precision.stored
-    saved = [saved_bytes(config, stage, "cpu", casts) for stage in layout.stages]
+    saved = [saved_bytes(config, stage, "cpu") for stage in layout.stages]
+    always = attention_input_bytes(config)
+    if config.precision.compute != config.precision.stored:
+        here = [stage for stage, rank in zip(layout.stages, layout.rank_of, strict=True) if rank == pp_rank]
+        always += cast_bytes(config, here)
     found, kept = [], {}
     for action in action_lists(layout, MICROBATCHES)[pp_rank]:
         of = saved[action.stage]
         now = {"F": of.kept + of.logits, "I": of.deferred + of.deferred_logits}.get(action.kind, 0.0)
         kept[action.stage, action.microbatch] = now
-        found.append((action, sum(kept.values())))
+        found.append((action, always + sum(kept.values())))
     return found
 
 
@@ -251,3 +254,30 @@ def test_what_is_offloaded_is_not_on_the_device() -> None:
     assert offloaded.states == on_device.states
     assert on_device.total - offloaded.total == offloaded.offloaded == on_device.states.total
     assert on_device.offloaded == 0
+
+
+# a 32nd of llama2-7b in every size: as there, weights and what a microbatch keeps of them weigh about the same
+LLAMA: dict[str, Any] = {
+    "num_layers": 8,
+    "hidden_size": 128,
+    "ffn_hidden_size": 344,
+    "vocab_size": 1000,
+    "seq_length": 128,
+    "micro_batch_size": 1,
+    "bf16": True,
+    "pipeline_model_parallel_size": 4,
+}
+
+
+def test_weights_are_cast_once_a_step(pool: Pool) -> None:
+    """However many microbatches are in flight on a pipeline's first rank: without data parallelism it keeps no more
+    than with it, where FSDP holds the weights (and the embedding) in bfloat16."""
+    kept = {}
+    for dp, ranks in ((1, 4), (2, 8)):
+        config = tiny(**LLAMA, zero_stage=dp - 1, global_batch_size=4 * dp).validate(ranks)
+        ((passes, _),) = pool.run(watched, ranks, [config], True)[0]
+        kept[dp] = [size for action, size in passes if action.kind == "F"]
+    casts = cast_bytes(config, [StageSpec(0, 2, True, False)])
+    assert casts > 0.2 * kept[1][0]
+    assert kept[1][-1] < kept[2][-1]
+    assert kept[1][-1] - kept[1][0] == pytest.approx(kept[2][-1] - kept[2][0], abs=casts / 10)
