@@ -26,7 +26,12 @@ train() {
     fi
     flags+=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --zero-stage "$ZERO_STAGE")
     flags+=(--micro-batch-size "$MICRO_BATCH_SIZE")
-    [[ $TP -eq 1 ]] || flags+=(--sequence-parallel)
+    if [[ $TP -gt 1 ]]; then
+        flags+=(--sequence-parallel)
+        # Kernels start in the order in which they are launched: a message before the product that it hides behind.
+        # FSDP's gathers at stage 3 would wait for each other so.
+        [[ $ZERO_STAGE -eq 3 ]] || export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+    fi
     [[ $RECOMPUTE == none ]] || flags+=(--recompute-granularity "$RECOMPUTE")
     # shellcheck disable=SC2206  # DATA_PATH is a list
     [[ -z "${DATA_PATH:-}" ]] || flags+=(--data-path $DATA_PATH)
