@@ -121,7 +121,7 @@ def _convert(options: argparse.Namespace, output: Path) -> None:
     _check_changes(options, original)
     beside = options.tokenizer is None and options.source == options.target == "hf"  # comes along as it is
     if not beside:
-        original = recognised(original)
+        original = recognised(original, asked=options.tokenizer is not None)
     dtype = None if options.dtype is None else _DTYPES[options.dtype]
     source = original
     if dtype is not None:

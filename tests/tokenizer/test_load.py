@@ -19,6 +19,7 @@ from tests.tokenizer.samples import (
 from tokenizer.errors import TokenizerError
 from tokenizer.files import read_model
 from tokenizer.load import open_tokenizer, read_tokenizer
+from tokenizer.record import read_record, record_of
 
 TEXTS = [*ENGLISH, *CHINESE, "  two  spaces ", "</s> in <s> text <|endoftext|>", "🦙é\t", "<0x0A>"]
 
@@ -89,6 +90,39 @@ def test_vocabularies_of_other_forms(tmp_path: Path) -> None:
     gaps = {"model": {"vocab": {"a": 0, "b": 9}}, "added_tokens": [{"content": "</s>", "id": 11}]}
     found = read_tokenizer("--flag", write_json(tmp_path / "gaps.json", gaps))
     assert (found.vocab_size, found.eos_id, found.pieces) == (12, 11, {0: "a", 9: "b", 11: "</s>"})
+
+
+def test_the_same_by_content(model: Path, tmp_path: Path) -> None:
+    """A file written anew and another form are the same tokenizer; scores, merges and what goes before count."""
+    first = record_of(read_tokenizer("--flag", model))
+    assert read_record(first.plain()) == first
+    again, other = read_model("--flag", model), read_model("--flag", model)
+    again.trainer_spec.input.append("elsewhere.txt")
+    other.normalizer_spec.add_dummy_prefix = not other.normalizer_spec.add_dummy_prefix
+    (tmp_path / "again.model").write_bytes(again.SerializeToString())
+    (tmp_path / "other.model").write_bytes(other.SerializeToString())
+    parsed = as_tokenizer_json(model)
+    write_json(tmp_path / "form.json", parsed)
+    joined = [" ".join(pair) for pair in parsed["model"]["merges"]]  # as older versions wrote them
+    write_json(tmp_path / "joined.json", parsed | {"model": parsed["model"] | {"merges": joined}, "padding": {}})
+    write_json(tmp_path / "merges.json", parsed | {"model": parsed["model"] | {"merges": joined[::-1]}})
+    records = {path.stem: record_of(read_tokenizer("--flag", path)) for path in tmp_path.iterdir()}
+    assert [first.difference(records[name]) for name in ("again", "form", "joined")] == [None] * 3
+    assert records["form"].difference(records["joined"]) is None
+    for one, another in ((first, records["other"]), (records["form"], records["merges"])):
+        assert "cuts text by other rules" in str(one.difference(another))
+    for damaged in (None, [], {}, first.plain() | {"eos_token_id": "2"}, first.plain() | {"sha256": None}):
+        with pytest.raises(ValueError):
+            read_record(damaged)
+
+
+def test_names_in_either_file_of_hugging_face(tmp_path: Path) -> None:
+    vocabulary = {"model": {"vocab": {"<s>": 0, "</s>": 1, "<a>": 2, "<b>": 3}}}
+    path = write_json(tmp_path / "tokenizer.json", vocabulary)
+    write_json(tmp_path / "special_tokens_map.json", {"bos_token": "<a>", "eos_token": {"content": "<b>"}})
+    assert (read_tokenizer("--flag", path).bos_id, read_tokenizer("--flag", path).eos_id) == (2, 3)
+    write_json(tmp_path / "tokenizer_config.json", {"eos_token": "</s>"})
+    assert (read_tokenizer("--flag", path).bos_id, read_tokenizer("--flag", path).eos_id) == (2, 1)
 
 
 def test_reading_needs_no_other_package(model: Path, tmp_path: Path) -> None:

@@ -24,14 +24,18 @@ def stored_record(plain: dict[str, Any] | None, where: str) -> TokenizerRecord |
         raise RequestError(f"{where} describes a tokenizer that this program does not know ({error})") from None
 
 
-def recognised(source: Source) -> Source:
-    """`source` with the record of the tokenizer beside its weights, if it has none yet; says what was found."""
+def recognised(source: Source, asked: bool) -> Source:
+    """`source` with the record of the tokenizer beside its weights, if it has none yet; says what was found.
+
+    asked: a flag gives the tokenizer, so that it is no matter if none is found.
+    """
     if source.record is not None or source.tokenizer is None:
         return source
     try:
         record = record_of(read_tokenizer("--input", source.tokenizer))
     except TokenizerError as error:
-        print(f"which tokenizer the model was trained with is not known: {error}; give it with --tokenizer")
+        if not asked:
+            print(f"which tokenizer the model was trained with is not known: {error}; give it with --tokenizer")
         return source
     print(f"the tokenizer beside the weights is taken for the model's: {record}")
     for line in _contradictions(record, source):

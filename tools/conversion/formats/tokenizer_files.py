@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.errors import RequestError
+from tokenizer.errors import TokenizerError
 from tokenizer.files import read_model
 from tokenizer.huggingface import huggingface_files
 from tokenizer.interface import Tokenizer
@@ -44,7 +46,10 @@ _AS_NAMED = {"auto_map": {"AutoTokenizer": ["", None]}}
 
 
 def copy(source: Path, folder: Path) -> None:
-    """Put a folder's tokenizer files beside the weights, as they are."""
+    """Put a tokenizer beside the weights as it is: a folder's files, or one file under the name it must have."""
+    if source.is_file():
+        shutil.copyfile(source, folder / (JSON if source.suffix == ".json" else MODEL))
+        return
     for name in (MODEL, JSON, SETTINGS, *_BESIDE):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -60,9 +65,12 @@ def write(flag: str, source: Path, record: TokenizerRecord, folder: Path) -> str
 
     Raises:
         NotEqual: transformers gives other ids with any configuration.
-        TokenizerError: it cannot be read.
+        RequestError: it cannot be read.
     """
-    tokenizer = open_tokenizer(flag, source)
+    try:
+        tokenizer = open_tokenizer(flag, source)
+    except TokenizerError as error:
+        raise RequestError(str(error)) from error
     if tokenizer.kind == "SentencePiece":
         configurations = _write_sentencepiece(flag, tokenizer, record, folder)
     else:
