@@ -118,10 +118,12 @@ def _write_sentencepiece(
 
 def _write_json(flag: str, tokenizer: Tokenizer, record: TokenizerRecord, folder: Path) -> Iterator[dict[str, Any]]:
     """The same for a tokenizer.json: the file itself but for the token that texts begin with, and those beside it."""
-    content = json.loads(tokenizer.path.read_bytes())
+    shutil.copyfile(tokenizer.path, folder / JSON)
     if record.prepend_bos is not None and tokenizer.bos_id is not None:
-        content = with_first_token(content, tokenizer.pieces[tokenizer.bos_id], tokenizer.bos_id, record.prepend_bos)
-    _write_object(folder / JSON, content)
+        found = json.loads(tokenizer.path.read_bytes())
+        wanted = with_first_token(found, tokenizer.pieces[tokenizer.bos_id], tokenizer.bos_id, record.prepend_bos)
+        if wanted != found:
+            _write_object(folder / JSON, wanted)
     for name in _BESIDE:
         if (tokenizer.path.with_name(name)).is_file():
             shutil.copyfile(tokenizer.path.with_name(name), folder / name)
