@@ -156,7 +156,8 @@ def _write_tokenizer(source: Source, folder: Path, beside: bool) -> None:
     elif beside or source.record is None:
         tokenizer_files.copy(source.tokenizer, folder)
     else:
-        print(tokenizer_files.write("--tokenizer", source.tokenizer, source.record, folder))
+        rows = source.model.vocab_size
+        print(tokenizer_files.write("--tokenizer", source.tokenizer, source.record, folder, rows))
 
 
 def _export_adapters(options: argparse.Namespace, output: Path) -> None:

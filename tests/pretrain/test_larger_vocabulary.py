@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.checkpoint import find_checkpoint
+from megatron_ext.checkpoint import find_checkpoint, read_manifest
 from pretrain.__main__ import main
 from tests.distributed import Pool
 from tests.pretrain.support import assert_equal, command, stored, train, tree
@@ -79,6 +79,8 @@ def test_loading_equals_converting_first(pool: Pool, made: Path, tmp_path: Path,
 
     loaded, converted = (stored(find_checkpoint(tmp_path / run)) for run in ("loaded", "converted"))
     assert loaded["model.embed_tokens.weight"].shape == (NEW, 32)
+    noted = [read_manifest(find_checkpoint(tmp_path / run)).tokenizer for run in ("loaded", "converted", "grown")]
+    assert [record and record["name"] for record in noted] == ["extended.model"] * 3
     assert_equal(loaded, converted)
 
 

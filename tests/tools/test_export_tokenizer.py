@@ -97,6 +97,22 @@ def test_transformers_gives_the_ids_of_training(
         assert (tmp_path / "hf" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
+def test_spare_rows_and_added_tokens(made: Path, tmp_path: Path) -> None:
+    """Rows beyond the pieces stay; of tokens that were added beyond the pieces, those with a row."""
+    size = open_tokenizer("", made / "bpe.model").vocab_size
+    save_model("llama", tmp_path / "hf", vocab_size=size + 2)
+    (tmp_path / "hf" / "tokenizer.model").write_bytes((made / "bpe.model").read_bytes())
+    added = {str(size + i): {"content": f"<|{i}|>", "special": True} for i in range(4)}
+    settings = {"added_tokens_decoder": added, "chat_template": "{{ messages }}", "tokenizer_class": "LlamaTokenizer"}
+    write_json(tmp_path / "hf" / "tokenizer_config.json", settings)
+    names = ("--input", tmp_path / "hf", "--output", tmp_path / "n", "--no-verify")
+    assert convert("--from", "hf", "--to", "native", *names) == 0
+    assert export(made, tmp_path / "n", tmp_path / "out", "--tokenizer", tmp_path / "hf", "--no-verify") == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (len(theirs), theirs.chat_template) == (size + 2, "{{ messages }}")
+    assert theirs.convert_tokens_to_ids(["<|0|>", "<|1|>"]) == [size, size + 1]
+
+
 def test_without_its_files_the_ids_are_the_runs_or_absent(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

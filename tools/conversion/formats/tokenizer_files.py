@@ -5,6 +5,7 @@ by the class that tokenizer_config.json names or that belongs to the type of mod
 tokenizer of the same pieces. So several configurations are tried, and the first is taken that gives training's ids.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -55,13 +56,14 @@ def copy(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def write(flag: str, source: Path, record: TokenizerRecord, folder: Path) -> str:
+def write(flag: str, source: Path, record: TokenizerRecord, folder: Path, rows: int) -> str:
     """Write the files of a tokenizer into a folder with a config.json; says in a line what was found.
 
     Args:
         flag: that named it, for messages.
         source: file or folder of the tokenizer.
         record: says whether texts are to begin with its begin-of-sentence token; None: as is its own way.
+        rows: of the model's embedding: a token that was added beyond them goes.
 
     Raises:
         NotEqual: transformers gives other ids with any configuration.
@@ -72,7 +74,7 @@ def write(flag: str, source: Path, record: TokenizerRecord, folder: Path) -> str
     except TokenizerError as error:
         raise RequestError(str(error)) from error
     if tokenizer.kind == "SentencePiece":
-        configurations = _write_sentencepiece(flag, tokenizer, record, folder)
+        configurations = _write_sentencepiece(flag, tokenizer, record, folder, rows)
     else:
         configurations = _write_json(flag, tokenizer, record, folder)
     best: tuple[dict[str, Any], Differences] | None = None
@@ -95,7 +97,7 @@ def write(flag: str, source: Path, record: TokenizerRecord, folder: Path) -> str
 
 
 def _write_sentencepiece(
-    flag: str, tokenizer: Tokenizer, record: TokenizerRecord, folder: Path
+    flag: str, tokenizer: Tokenizer, record: TokenizerRecord, folder: Path, rows: int
 ) -> Iterator[dict[str, Any]]:
     """Write a model and what transformers needs; gives what tokenizer_config.json could say."""
     own = _settings(flag, tokenizer)
@@ -109,7 +111,10 @@ def _write_sentencepiece(
     for name in ("chat_template.jinja", "chat_template.json"):
         if (beside := tokenizer.beside(name)) is not None:
             shutil.copyfile(beside, folder / name)
-    later = {i: token for i, token in (own.get("added_tokens_decoder") or {}).items() if int(i) not in tokenizer.pieces}
+    added = own.get("added_tokens_decoder") or {}
+    # transformers appends them in their order, whatever their ids
+    ids = itertools.takewhile(lambda index: str(index) in added, range(tokenizer.vocab_size, rows))
+    later = {str(index): added[str(index)] for index in ids}
     settings = json.loads((folder / SETTINGS).read_bytes()) | {name: own[name] for name in _KEPT if name in own}
     if later:
         settings["added_tokens_decoder"] = later
