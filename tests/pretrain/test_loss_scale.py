@@ -31,8 +31,8 @@ def scales_at_start(folder: Path, corpus: str) -> dict[str, tuple[float, str]]:
         iterations = 3 if load == "dynamic" else 2 if load else 1
         paths = {"data_path": corpus, "metrics": folder / "m.jsonl", "save": save, "load": load}
         said = train(command(**paths, train_iters=iterations, lr_warmup_iters=0, **flags))
-        first = metrics(folder / "m.jsonl")[0]
-        return first["loss_scale"], next((line for line in said.splitlines() if line.startswith(" loss scale")), "")
+        record = metrics(folder / "m.jsonl")[-1]
+        return record["loss_scale"], next((line for line in said.splitlines() if line.startswith(" loss scale")), "")
 
     os.chdir(folder)
     begin({}, save="float32")
