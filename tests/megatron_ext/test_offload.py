@@ -52,8 +52,9 @@ def copies_to_the_host(config: EngineConfig, world_size: int) -> tuple[list[int]
     if grid.size("pp") == 1:
         rows = config.batch.microbatches(grid.dp_size) * config.batch.micro_batch_size
         ids = torch.zeros(rows, config.batch.seq_length, dtype=torch.int64, device=device)
-        assert engine.evaluate([{"tokens": ids, "labels": ids}]).device == device
-        assert engine.train_step({"tokens": ids, "labels": ids}, LR).device == device
+        batch = {"tokens": ids, "labels": ids, "loss_mask": torch.ones_like(ids, dtype=torch.float32)}
+        assert engine.evaluate([batch, batch]).device == device
+        assert engine.train_step(batch, LR).device == device
         received = _locals(engine.optimizer.params.values())
     else:  # torch's schedules look at a value when they begin; so without them, from given gradients
         assert engine.tied.source is not None
