@@ -40,7 +40,7 @@ def step(case: Layout, rank: int) -> list[str]:
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             engine.train_step(batch, LR)
             with Crossings() as crossings:
-                assert engine.eval_step(batch).device == device
+                assert engine.evaluate([batch]).device == device
                 assert engine.train_step(batch, LR).device == device
         return crossings.found
     finally:
