@@ -33,14 +33,18 @@ def run_tokenizer(config: RunConfig, loaded: Manifest | None) -> TokenizerRecord
     record = used or stored
     if record is None:
         return None
+    if config.checkpoint.change_tokenizer:  # what else was noted was so of the old one
+        stored = None
     begins = {None if made is None else made.prepend_bos for made in corpora.values()} or {None}
     prepend_bos = begins.pop() if len(begins) == 1 else None
-    ends = config.data.eod_token_id
+    ends, sample = config.data.eod_token_id, record.sample_sha256
     if stored is not None:
+        grows = config.checkpoint.embedding_init is not None
+        sample = stored.sample_sha256 if sample is None and not grows else sample
         prepend_bos = stored.prepend_bos if prepend_bos is None else prepend_bos
         ends = stored.eod_token_id if ends is None else ends
     eod = None if ends == record.eos_token_id else ends
-    return dataclasses.replace(record, prepend_bos=prepend_bos, eod_token_id=eod)
+    return dataclasses.replace(record, sample_sha256=sample, prepend_bos=prepend_bos, eod_token_id=eod)
 
 
 def _stored(config: RunConfig, loaded: Manifest | None) -> TokenizerRecord | None:
@@ -55,11 +59,13 @@ def _stored(config: RunConfig, loaded: Manifest | None) -> TokenizerRecord | Non
 
 def _used(config: RunConfig, corpora: dict[str, TokenizerRecord | None]) -> tuple[str, TokenizerRecord | None]:
     """How messages name what says which tokenizer is used, and the tokenizer."""
+    prefix, made = next(((prefix, record) for prefix, record in corpora.items() if record is not None), ("", None))
     if config.data.tokenizer_model is not None:
         name = config.data.tokenizer_model
-        return f"--tokenizer-model {name}", record_of(read_tokenizer(name))
-    prefix = next((prefix for prefix, record in corpora.items() if record is not None), None)
-    return ("", None) if prefix is None else (f"--data-path {prefix}: what made it", corpora[prefix])
+        given = record_of(read_tokenizer(name))
+        sample = None if made is None else made.sample_sha256
+        return f"--tokenizer-model {name}", dataclasses.replace(given, sample_sha256=sample)
+    return f"--data-path {prefix}: what made it", made
 
 
 def _check(config: RunConfig, stored: TokenizerRecord | None, named: str, used: TokenizerRecord | None) -> None:

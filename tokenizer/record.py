@@ -3,7 +3,22 @@
 import dataclasses
 from typing import Any
 
-from tokenizer.interface import TokenizerFile
+from tokenizer.interface import Tokenizer, TokenizerFile, digest
+
+# English and Chinese; spaces before, between, behind; digits; line breaks; what takes several bytes and characters
+TEXTS = (
+    "To be, or not to be: that is the question.",
+    " a space before, two  between, and one behind ",
+    "I'm 27,  they're 1984.50 (or 0x1F)...",
+    "def f(x):\n\tif x:\n        return [x]\n\n\n",
+    "naïve café, “quoted” – Straße",
+    "人工智能是计算机科学的一个分支。",
+    "我们在2024年1月5日，用Python写了37行代码；你呢？",
+    "中文 与 English 混排，（全角）“引号”、《书名》……",
+    "　　两个全角空格，\n第二行\r\n第三行",
+    "😀👩‍👩‍👧 e\u0301 한국어 Русский",
+    "龘靐",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +29,7 @@ class TokenizerRecord:
         name, kind, vocab_size: for messages; the size also tells two apart.
         sha256: of the file. Equal files are one tokenizer; another file may be the same one.
         vocabulary_sha256, rules_sha256: as `TokenizerFile` has them. None in notes of older versions.
+        sample_sha256: of the ids that it gives `TEXTS`; None where it was not asked for any.
         unk_token_id, bos_token_id, eos_token_id, pad_token_id: None where it has none.
         prepend_bos: whether documents began with bos_token_id in training; None where that is not known.
         eod_token_id: what ended documents in training, if that was another token than eos_token_id.
@@ -25,6 +41,7 @@ class TokenizerRecord:
     sha256: str
     vocabulary_sha256: str | None = None
     rules_sha256: str | None = None
+    sample_sha256: str | None = None
     unk_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
@@ -39,7 +56,8 @@ class TokenizerRecord:
         """How `other` is another tokenizer, in words of which it is the subject; None if it is the same one.
 
         The same is: every id is the same piece, text is cut by the same rules, and texts begin and end with the same
-        ids. A SentencePiece model and a tokenizer.json say their rules in different words; between them pieces decide.
+        ids. A SentencePiece model and a tokenizer.json say their rules in different words; between them the pieces
+        decide, and where both were asked, the ids of `TEXTS`.
         """
         if other.sha256 != self.sha256:
             if other.vocab_size != self.vocab_size:
@@ -50,6 +68,8 @@ class TokenizerRecord:
                 return "has other pieces under the same ids"
             if other.kind == self.kind and other.rules_sha256 != self.rules_sha256:
                 return "has the same pieces and cuts text by other rules (scores, merges or normalization)"
+            if None not in (self.sample_sha256, other.sample_sha256) and other.sample_sha256 != self.sample_sha256:
+                return "has the same pieces and cuts the same text into others"
         for name in ("bos_token_id", "eos_token_id"):
             here, there = getattr(other, name), getattr(self, name)
             if None not in (here, there) and here != there:
@@ -62,7 +82,8 @@ class TokenizerRecord:
 
 
 def record_of(tokenizer: TokenizerFile) -> TokenizerRecord:
-    """The record of a tokenizer that has made nothing yet."""
+    """The record of a tokenizer that has made nothing yet; one that is ready for use is asked for a sample."""
+    sample = digest(*(repr(tokenizer.encode(text)) for text in TEXTS)) if isinstance(tokenizer, Tokenizer) else None
     return TokenizerRecord(
         tokenizer.path.name,
         tokenizer.kind,
@@ -70,6 +91,7 @@ def record_of(tokenizer: TokenizerFile) -> TokenizerRecord:
         tokenizer.sha256,
         tokenizer.vocabulary_sha256,
         tokenizer.rules_sha256,
+        sample,
         tokenizer.unk_id,
         tokenizer.bos_id,
         tokenizer.eos_id,

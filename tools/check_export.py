@@ -30,8 +30,9 @@ from tools.command import Parser, run
 from tools.conversion.changes.cast import CastWeights
 from tools.conversion.formats.hf_folder import open_tensors
 from tools.conversion.formats.native import open_native
+from tools.conversion.proof.run_transformers import NotRunnable
 from tools.conversion.proof.self_check import TOLERANCE
-from tools.conversion.proof.tokenizers import NotRunnable, compare
+from tools.conversion.proof.tokenizers import compare
 from tools.conversion.source import Source
 
 

@@ -57,7 +57,7 @@ def check_tokenizers(config: DataConfig) -> None:
                 "give that one, or preprocess again"
             )
         assert first is not None
-        if given is None and (difference := known[first].difference(record)):
+        if difference := known[first].difference(record):
             raise RequestError(
                 f"--data-path {prefix}: what made it ({record}) is not the tokenizer of {first} ({known[first]}): it "
                 f"{difference}; preprocess one of them again"

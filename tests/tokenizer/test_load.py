@@ -104,13 +104,18 @@ def test_the_same_by_content(model: Path, tmp_path: Path) -> None:
     parsed = as_tokenizer_json(model)
     write_json(tmp_path / "form.json", parsed)
     joined = [" ".join(pair) for pair in parsed["model"]["merges"]]  # as older versions wrote them
-    write_json(tmp_path / "joined.json", parsed | {"model": parsed["model"] | {"merges": joined}, "padding": {}})
+    short = {"truncation": {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}}
+    write_json(tmp_path / "joined.json", parsed | short | {"model": parsed["model"] | {"merges": joined}})
     write_json(tmp_path / "merges.json", parsed | {"model": parsed["model"] | {"merges": joined[::-1]}})
     records = {path.stem: record_of(read_tokenizer("--flag", path)) for path in tmp_path.iterdir()}
     assert [first.difference(records[name]) for name in ("again", "form", "joined")] == [None] * 3
     assert records["form"].difference(records["joined"]) is None
     for one, another in ((first, records["other"]), (records["form"], records["merges"])):
         assert "cuts text by other rules" in str(one.difference(another))
+    ready = [record_of(open_tokenizer("--flag", tmp_path / f"{name}.json")) for name in ("form", "joined", "merges")]
+    sampled = record_of(open_tokenizer("--flag", model))
+    assert [sampled.difference(other) for other in ready[:2]] == [None, None]
+    assert "cuts the same text into others" in str(sampled.difference(ready[2]))  # across forms
     for damaged in (None, [], {}, first.plain() | {"eos_token_id": "2"}, first.plain() | {"sha256": None}):
         with pytest.raises(ValueError):
             read_record(damaged)

@@ -1,14 +1,14 @@
 """Which tokenizer a model has on its way: found beside its weights, noted in its checkpoint, or given by a flag."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import RequestError
 from tokenizer.errors import TokenizerError
 from tokenizer.interface import TokenizerFile
-from tokenizer.load import read_tokenizer
+from tokenizer.load import open_tokenizer, read_tokenizer
 from tokenizer.record import TokenizerRecord, read_record, record_of
 from tools.conversion.source import CONFIG, GENERATION, Source
 
@@ -72,7 +72,7 @@ def given(
     Raises:
         RequestError: it, or `base`, is not the model's.
     """
-    tokenizer = _read("--tokenizer", path)
+    tokenizer = _read("--tokenizer", path, open_tokenizer)
     record, before = record_of(tokenizer), source.record
     if base is not None:
         _check_same(before, record_of(_read("--base-tokenizer", base)), f"--base-tokenizer {base}", where, "")
@@ -92,9 +92,9 @@ def given(
     )
 
 
-def _read(flag: str, path: Path) -> TokenizerFile:
+def _read(flag: str, path: Path, read: Callable[[str, str | Path], TokenizerFile] = read_tokenizer) -> TokenizerFile:
     try:
-        return read_tokenizer(flag, path)
+        return read(flag, path)
     except TokenizerError as error:
         raise RequestError(str(error)) from error
 

@@ -20,7 +20,9 @@ from tokenizer.interface import Tokenizer
 from tokenizer.load import open_tokenizer
 from tokenizer.record import TokenizerRecord
 from tokenizer.tokenizer_json import read_object, with_first_token
-from tools.conversion.proof.tokenizers import Differences, NotEqual, NotRunnable, compare
+from tools.conversion.proof.prove import NotEqual
+from tools.conversion.proof.run_transformers import NotRunnable
+from tools.conversion.proof.tokenizers import Differences, compare
 
 MODEL, JSON, SETTINGS = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _BESIDE = (

@@ -5,24 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenizer.interface import Tokenizer
-from tokenizer.record import TokenizerRecord
-from tools.conversion.proof.prove import NotEqual
+from tokenizer.record import TEXTS, TokenizerRecord
 from tools.conversion.proof.run_transformers import NotRunnable
-
-# English and Chinese; spaces before, between, behind; digits; line breaks; what takes several bytes and characters
-TEXTS = (
-    "To be, or not to be: that is the question.",
-    " a space before, two  between, and one behind ",
-    "I'm 27,  they're 1984.50 (or 0x1F)...",
-    "def f(x):\n\tif x:\n        return [x]\n\n\n",
-    "naïve café, “quoted” – Straße",
-    "人工智能是计算机科学的一个分支。",
-    "我们在2024年1月5日，用Python写了37行代码；你呢？",
-    "中文 与 English 混排，（全角）“引号”、《书名》……",
-    "　　两个全角空格，\n第二行\r\n第三行",
-    "😀👩‍👩‍👧 e\u0301 한국어 Русский",
-    "龘靐",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +77,3 @@ def _other_special(tokenizer: Tokenizer, theirs: Any) -> str | None:
 
 def _few(ids: list[int]) -> str:
     return f"[{', '.join(map(str, ids[:12]))}{', ...' if len(ids) > 12 else ''}]"
-
-
-__all__ = ["TEXTS", "Differences", "NotEqual", "NotRunnable", "compare"]
