@@ -38,9 +38,10 @@ def start(folder: Path, *words: str | Path, path: str = "", python: str | Path =
 
 @pytest.fixture
 def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stands in for Python: a program that only adds its arguments to a file beside it."""
+    """Stands in for Python: a program that only adds its arguments to a file beside it (and notes a variable)."""
     program = tmp_path_factory.mktemp("bin") / "python"
-    note = f"import json, sys; open({str(program) + '.jsonl'!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')"
+    note = f"import json, os, sys; open({str(program) + '.jsonl'!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')"
+    note += f"; open({str(program) + '.connections'!r}, 'w').write(os.getenv('CUDA_DEVICE_MAX_CONNECTIONS', ''))"
     program.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" -c "{note}" "$@"\n')
     program.chmod(0o755)
     return program
@@ -56,6 +57,11 @@ def command(folder: Path, recorder: Path, script: str, *flags: str, **variables:
     assert (done.returncode, done.stderr) == (0, "")
     (words,) = recorded(recorder)
     return words
+
+
+def connections(recorder: Path) -> str:
+    """CUDA_DEVICE_MAX_CONNECTIONS as Python saw it last; "": not set."""
+    return Path(f"{recorder}.connections").read_text(encoding="utf-8")
 
 
 def test_every_script_is_tested() -> None:
@@ -113,6 +119,7 @@ def test_several_nodes(tmp_path: Path, recorder: Path, port: dict[str, str]) -> 
     assert words[: len(launcher)] == launcher
     config = parse(words[len(launcher) :])
     config.engine().validate(24)
+    assert connections(recorder) == "1"  # of tensor parallelism
     assert config.data.data_path == ("0.3", "a", "0.7", "b")
     assert config.data.tokenizer_model == "t.model"
     assert (config.checkpoint.save, config.checkpoint.load, config.checkpoint.save_interval) == ("run", "run", 500)
@@ -129,6 +136,7 @@ def test_the_layout_is_in_variables(tmp_path: Path, recorder: Path) -> None:
     layout = {"TP": "1", "PP": "2", "MICRO_BATCH_SIZE": "4", "ZERO_STAGE": "0", "RECOMPUTE": "full", "LAYERS": "40,24"}
     words = command(tmp_path, recorder, "opt/66b_24gpu.sh", "--dry-run", NNODES="5", **layout, SAVE_INTERVAL="9", **RUN)
     config = parse(words[2:])
+    assert connections(recorder) == ""
     assert config.parallel.tensor_model_parallel_size == 1
     assert config.parallel.pipeline_model_parallel_size == 2
     assert not config.parallel.sequence_parallel
