@@ -88,7 +88,7 @@ def work(options: argparse.Namespace) -> int:
     try:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
-        raise RequestError(f"{error.name} is needed to check an export: pip install {error.name}") from error
+        raise RequestError(f"transformers is needed to check an export ({error}): pip install transformers") from error
     folder = Path(options.hf)
     for name in ("max_tokens", "new_tokens"):
         if getattr(options, name) < 1:
@@ -109,7 +109,9 @@ def work(options: argparse.Namespace) -> int:
         raise RequestError(f"--text {options.text}: has {ids.shape[1]} tokens, at least 2 are needed")
     stored = open_tensors(folder)
     dtype = next(iter(stored.dtypes.values()))
-    exported: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    exported: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+    )
     print(f"{folder}: {type(exported).__name__}, weights in {_name(dtype)}; tokenizer: {record_of(tokenizer)}")
     as_trained = dtype == next(iter(source.weights.dtypes.values()))
     decoder = _decoder(source, None if as_trained else dtype)

@@ -56,6 +56,14 @@ BLOOM = Family(
         "initializer_range": "init_method_std",
     },
     aliases={"n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
+    absent={
+        "n_layer": 2,
+        "hidden_size": 64,
+        "n_head": 8,
+        "vocab_size": 250880,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    },
     rules=(
         Rule("transformer.word_embeddings.weight", ("embed_tokens.weight",)),
         Rule("transformer.word_embeddings_layernorm.weight", ("embed_layernorm.weight",)),

@@ -68,6 +68,15 @@ FALCON = Family(
         "bias": "add_bias_linear",
     },
     aliases={"n_embed": "hidden_size"},
+    absent={
+        "num_hidden_layers": 32,
+        "hidden_size": 4544,
+        "num_attention_heads": 71,
+        "vocab_size": 65024,
+        "max_position_embeddings": 2048,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    },
     rules=(
         Rule("transformer.word_embeddings.weight", ("embed_tokens.weight",)),
         *layer_rules({theirs: ours for theirs, ours in LAYER.items() if theirs not in _NORMS}),

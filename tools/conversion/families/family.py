@@ -12,6 +12,10 @@ from tools.conversion.rows import Rule
 Config = dict[str, Any]
 
 
+# fields of which transformers makes another model, or reads one from other files
+_ELSEWHERE: Config = dict.fromkeys(("quantization_config", "transformers_weights", "per_layer_config"))
+
+
 def _nothing(_: Any) -> Config:
     return {}
 
@@ -24,11 +28,12 @@ class Family:
         model_type, architecture: as config.json names the family.
         fields: config.json's field -> ModelConfig's, of equal value.
         aliases: other names that config.json's fields may have, such as those that the published models were given.
-        absent: values of config.json's fields where it lacks them, if they are not ModelConfig's own defaults.
+        absent: what transformers takes config.json's fields to be where it lacks them.
+        nullable: those of `fields` that may be null, which is as ModelConfig's own default.
         fixed: ModelConfig's fields that are alike in every model of the family.
         demanded: config.json's fields of which one value is understood. An absent one has it.
         rules: all tensors that a model of the family may have.
-        rotary: theta and scaling of the rotation stand in config.json.
+        rotary: theta and scaling of the rotation stand in config.json. partial: also which part of a head is turned.
         read_more: config.json -> further ModelConfig fields; raises RequestError for what is not supported.
         write_more: ModelConfig -> further fields of config.json.
         optional_prefix: of tensors' names, left out by folders that hold the model without its head.
@@ -40,27 +45,33 @@ class Family:
     rules: Sequence[Rule]
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)
     absent: Config = dataclasses.field(default_factory=dict)
+    nullable: frozenset[str] = frozenset()
     fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
     demanded: Config = dataclasses.field(default_factory=dict)
     rotary: bool = True
+    partial: bool = False
     read_more: Callable[[Config], dict[str, Any]] = _nothing
     write_more: Callable[[ModelConfig], Config] = _nothing
     optional_prefix: str = "model."
 
     def read(self, config: Config) -> ModelConfig:
         """The shape that config.json describes. Raises RequestError naming what is missing or not supported."""
-        for name, value in self.demanded.items():
+        for name, value in (_ELSEWHERE | self.demanded).items():
             if config.get(name, value) != value:
-                raise RequestError(
-                    f"config.json: {name} {config[name]!r} of a {self.model_type} model is not supported; {value!r} is"
-                )
+                raise self._unsupported(name, config[name], f"; {value!r} is")
         renamed = {self.aliases[name]: config[name] for name in config.keys() & self.aliases.keys()}
         config = self.absent | config | renamed
+        for name in self.fields.keys() - self.nullable:
+            if config.get(name, 0) is None:
+                raise self._unsupported(name, None)
         values = {ours: config[theirs] for theirs, ours in self.fields.items() if config.get(theirs) is not None}
-        values["untie_embeddings_and_output_weights"] = not config.get("tie_word_embeddings", True)
+        tied = config["tie_word_embeddings"]
+        if not isinstance(tied, bool):
+            raise self._unsupported("tie_word_embeddings", tied)
+        values["untie_embeddings_and_output_weights"] = not tied
         try:
             if self.rotary:
-                values |= read_rope(config)
+                values |= read_rope(config, self.partial)
             model = ModelConfig(**values | self.fixed | self.read_more(config))
         except RequestError:
             raise
@@ -73,6 +84,9 @@ class Family:
             raise RequestError(f"config.json: {error}") from error
         return model
 
+    def _unsupported(self, name: str, value: Any, remedy: str = "") -> RequestError:
+        return RequestError(f"config.json: {name} {value!r} of a {self.model_type} model is not supported{remedy}")
+
     def write(self, model: ModelConfig) -> Config:
         """config.json of a model, readable by transformers 4 and 5. Raises RequestError where words are lacking."""
         resolved = model.resolved()
@@ -80,7 +94,7 @@ class Family:
         config |= {theirs: getattr(resolved, ours) for theirs, ours in self.fields.items()}
         config |= self.demanded | {"tie_word_embeddings": model.tied, "use_cache": True}
         if self.rotary:
-            config |= write_rope(model)
+            config |= write_rope(model, self.partial)
         config |= self.write_more(resolved)
         understood = dataclasses.asdict(self.read(config).resolved())
         for name, value in dataclasses.asdict(resolved).items():
@@ -97,5 +111,5 @@ class Family:
         changed = {name: value for name, value in after.items() if before.get(name) != value}
         if not changed.keys().isdisjoint(("rope_theta", "rope_scaling", "partial_rotary_factor")):
             config = {name: value for name, value in config.items() if name != "rope_parameters"}
-            changed |= write_rope(model)
+            changed |= write_rope(model, self.partial)
         return config | changed

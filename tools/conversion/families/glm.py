@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_ext.models import ModelConfig
 from tools.conversion.families.family import Family
-from tools.conversion.families.llama import HEAD_DIM, LLAMA_FIELDS, LLAMA_RULES
+from tools.conversion.families.llama import HEAD_DIM, LLAMA_ABSENT, LLAMA_FIELDS, LLAMA_RULES
 from tools.conversion.rows import Rule
 
 _GATE, _UP = "layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight"
@@ -26,8 +26,11 @@ GLM = Family(
         for rule in LLAMA_RULES
         if rule.ours != (_UP,)
     ),
-    absent={
-        "tie_word_embeddings": False,
+    absent=LLAMA_ABSENT
+    | {
+        "num_hidden_layers": 40,
+        "intermediate_size": 13696,
+        "vocab_size": 151552,
         "rms_norm_eps": 1.5625e-07,
         "num_key_value_heads": 2,
         "head_dim": 128,
@@ -36,5 +39,6 @@ GLM = Family(
     },
     fixed={"add_qkv_bias": True, "rotary_interleaved": True},
     demanded={"hidden_act": "silu", "attention_bias": True},
+    partial=True,
     write_more=_write_more,
 )

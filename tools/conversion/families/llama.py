@@ -22,6 +22,14 @@ LLAMA_FIELDS = {
     "initializer_range": "init_method_std",
 }
 HEAD_DIM = {"head_dim": "kv_channels"}
+LLAMA_ABSENT = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+LLAMA_NULLABLE = frozenset({"num_key_value_heads", "head_dim"})
 
 _SAME = (
     "self_attn.q_proj.weight",
@@ -67,7 +75,8 @@ LLAMA = Family(
     architecture="LlamaForCausalLM",
     fields=LLAMA_FIELDS | HEAD_DIM,
     rules=LLAMA_RULES,
-    absent={"tie_word_embeddings": False, "rms_norm_eps": 1e-6},
+    absent=LLAMA_ABSENT | {"intermediate_size": 11008, "vocab_size": 32000, "max_position_embeddings": 2048},
+    nullable=LLAMA_NULLABLE,
     demanded={"hidden_act": "silu"},
     read_more=_read_biases,
     write_more=_write_more,

@@ -21,7 +21,7 @@ _LAYER = {
 
 
 def _read_more(config: dict[str, Any]) -> dict[str, Any]:
-    if config.get("word_embed_proj_dim", config["hidden_size"]) != config["hidden_size"]:
+    if config.get("word_embed_proj_dim") not in (None, config["hidden_size"]):
         raise RequestError(
             f"config.json: word_embed_proj_dim {config['word_embed_proj_dim']} of an opt model, other than its "
             f"hidden_size {config['hidden_size']}, is not supported"
@@ -44,6 +44,15 @@ OPT = Family(
         "vocab_size": "vocab_size",
         "max_position_embeddings": "max_position_embeddings",
         "init_std": "init_method_std",
+    },
+    absent={
+        "num_hidden_layers": 12,
+        "hidden_size": 768,
+        "ffn_dim": 3072,
+        "num_attention_heads": 12,
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
     },
     rules=(
         Rule("model.decoder.embed_tokens.weight", ("embed_tokens.weight",)),

@@ -7,9 +7,14 @@ from typing import Any
 
 from megatron_ext.errors import RequestError
 from tools.conversion.families.family import Family
-from tools.conversion.families.llama import LLAMA_FIELDS, LLAMA_RULES
+from tools.conversion.families.llama import LLAMA_ABSENT, LLAMA_FIELDS, LLAMA_NULLABLE, LLAMA_RULES
 
-QWEN_ABSENT = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768}
+QWEN_ABSENT = LLAMA_ABSENT | {
+    "intermediate_size": 22016,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+}
 
 
 def read_windows(config: dict[str, Any]) -> dict[str, Any]:
@@ -24,7 +29,8 @@ QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
     fields=LLAMA_FIELDS,
     rules=LLAMA_RULES,
-    absent=QWEN_ABSENT | {"num_key_value_heads": 32},
+    absent=QWEN_ABSENT,
+    nullable=LLAMA_NULLABLE,
     fixed={"add_qkv_bias": True},
     demanded={"hidden_act": "silu", "use_sliding_window": False},
     read_more=read_windows,

@@ -24,6 +24,11 @@ from tools.conversion.formats.torch_files import TorchFiles
 from tools.conversion.rows import Binding, bind, theirs_shapes, to_ours, to_theirs
 from tools.conversion.source import CONFIG, GENERATION, Source, bytes_of, check_dtypes, check_shapes
 
+# files that change what transformers' from_pretrained reads
+_ELSEWHERE = {
+    "adapter_config.json": "an adapter on top of the weights",
+    "shard-?????-model-?????-of-?????.safetensors": "a distributed checkpoint instead",
+}
 _DERIVED = "rotary_emb.inv_freq"  # old folders also store what follows from config.json
 
 
@@ -44,7 +49,14 @@ def open_hf(folder: Path) -> Source:
 
 
 def open_tensors(folder: Path) -> TensorFiles:
-    """All stored tensors by the names in the files: safetensors, or else what torch.save wrote."""
+    """All stored tensors by the names in the files: safetensors, or else what torch.save wrote; as transformers does.
+
+    Raises RequestError also where transformers would read more, or something else, than these.
+    """
+    for pattern, what in _ELSEWHERE.items():
+        found = next(folder.glob(pattern), None)
+        if found is not None:
+            raise RequestError(f"--input {folder}: with {found.name} there transformers reads {what}: move it away")
     is_bin = TorchFiles.is_in(folder) and not SafetensorsFiles.is_in(folder)
     return (TorchFiles if is_bin else SafetensorsFiles).open_folder(folder)
 

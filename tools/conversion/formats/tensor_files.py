@@ -56,7 +56,8 @@ class TensorFiles(abc.ABC):
     def open_folder(cls, folder: Path) -> "TensorFiles":
         """The tensors of a model's folder: of the shards that its index names, or of its only file.
 
-        Raises RequestError where the index, a file, or a tensor of the index is missing or broken.
+        Raises RequestError where the index, a file, or a tensor of the index is missing or broken, and where there is
+        a file beside the index that transformers would read instead.
         """
         if not (folder / cls.index).is_file():
             return cls(folder, [cls.single])
@@ -66,6 +67,14 @@ class TensorFiles(abc.ABC):
                 f"--input {folder}: {cls.index} cannot be read (it has no weight_map of tensors to files)"
             )
         files = sorted(set(places.values()))
+        for file in files:
+            if Path(file).is_absolute() or ".." in Path(file).parts:
+                raise RequestError(f"--input {folder}: {cls.index} names {file!r}, which is not in this folder")
+        if (folder / cls.single).is_file() and files != [cls.single]:
+            raise RequestError(
+                f"--input {folder}: {cls.single} lies beside {cls.index}, which does not mean it; transformers would "
+                "read it alone: move away the one that does not belong to the model"
+            )
         weights = cls(folder, files)
         for name, file in places.items():
             if weights.files.get(name) != file:
