@@ -31,6 +31,7 @@ METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint.metadata"
 _SHARDED = "torch.distributed._shard.sharded_tensor.metadata"  # where some of them were before torch 2.3
 _MCORE = "megatron.core.dist_checkpointing.strategies.torch"
+_PLANNER, _FILES = "torch.distributed.checkpoint.planner", "torch.distributed.checkpoint.filesystem"
 _RECORDS = {
     (_DCP, "Metadata"): "Metadata",
     (_DCP, "MetadataIndex"): "MetadataIndex",
@@ -40,14 +41,21 @@ _RECORDS = {
     (_DCP, "ChunkStorageMetadata"): "ChunkStorageMetadata",
     (_DCP, "TensorProperties"): "TensorProperties",
     (_SHARDED, "TensorProperties"): "TensorProperties",
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): "_StorageInfo",
+    (_FILES, "_StorageInfo"): "_StorageInfo",
     (_MCORE, "MCoreMetadata"): "Metadata",
-    (_MCORE, "MCoreSavePlan"): "MCoreSavePlan",
+    # the plans of a save, which megatron-core keeps for its next one; of no use to a reader
+    (_MCORE, "MCoreSavePlan"): "SavePlan",
+    (_PLANNER, "SavePlan"): "SavePlan",
+    (_PLANNER, "WriteItem"): "WriteItem",
+    (_PLANNER, "TensorWriteData"): "TensorWriteData",
+    (_PLANNER, "BytesIOWriteData"): "BytesIOWriteData",
+    (_FILES, "_StoragePrefix"): "_StoragePrefix",
 }
 _VALUES = {
     ("torch.serialization", "_get_layout"),
     (_DCP, "_MEM_FORMAT_ENCODING"),
     (_SHARDED, "MEM_FORMAT_ENCODING"),
+    (_PLANNER, "WriteItemType"),
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
     ("pathlib._local", "PosixPath"),

@@ -10,6 +10,7 @@ import torch
 
 from megatron_ext.errors import RequestError
 from megatron_ext.kernels import torch_kernels
+from megatron_ext.kernels.apex import check_apex
 from megatron_ext.option import option
 
 TRANSFORMER_IMPLS = ("torch", "transformer_engine", "apex")
@@ -37,6 +38,8 @@ class Kernels:
 
 def load_kernels(config: KernelConfig) -> Kernels:
     """The backend that was asked for, or RequestError: nothing degrades silently."""
+    if config.transformer_impl == "apex":
+        check_apex()
     if config.transformer_impl != "torch":
         raise RequestError(
             f"--transformer-impl {config.transformer_impl}: this backend is not built yet; use --transformer-impl torch"

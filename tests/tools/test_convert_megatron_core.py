@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pickle
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, parameter_shapes
 from megatron_ext.models.decoder import whole_model
 from tests.distributed import Pool
+from tests.malice import Deed
 from tests.tools.megatron_gpt import OnCpu, expected, load, save, without_gpu
 from tests.weights import InMemory
 from tools.conversion.formats.megatron_args import from_args, to_args
@@ -326,25 +326,15 @@ def test_broken_input_is_refused(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(refusal.value)
 
 
-class Deed:
-    """Runs when it is unpickled as Python does."""
-
-    def __init__(self, victim: Path):
-        self.victim = victim
-
-    def __reduce__(self) -> Any:
-        return shutil.rmtree, (str(self.victim),)
-
-
 def test_foreign_objects_beside_the_arguments_do_nothing(tmp_path: Path) -> None:
+    """Of another package, whatever they would do. (What Python's own library would do: test_untrusted_files.)"""
     write_megatron(source_of(BASE), tmp_path)
-    (tmp_path / "victim").mkdir()
-    _args(deed=Deed(tmp_path / "victim"), dtype=torch.bfloat16)(tmp_path / "release")
+    _args(deed=Deed(torch.save, 1, str(tmp_path / "mark")), dtype=torch.bfloat16)(tmp_path / "release")
     torch.load(tmp_path / "release" / "common.pt", weights_only=False)
-    assert not (tmp_path / "victim").exists()
-    (tmp_path / "victim").mkdir()
+    assert (tmp_path / "mark").exists()
+    (tmp_path / "mark").unlink()
     assert open_megatron(tmp_path).model == BASE.resolved()
-    assert (tmp_path / "victim").exists()
+    assert not (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
