@@ -28,7 +28,7 @@ def scales_at_start(folder: Path, corpus: str) -> dict[str, tuple[float, str]]:
     """The scale of the first step of runs that continue others, and what the run says of it."""
 
     def begin(flags: dict[str, Any], load: str | None = None, save: str | None = None) -> tuple[float, str]:
-        iterations = 3 if load == "dynamic" else 2 if load else 1
+        iterations = {None: 1, "float32": 2}.get(load, 3)
         paths = {"data_path": corpus, "metrics": folder / "m.jsonl", "save": save, "load": load}
         said = train(command(**paths, train_iters=iterations, lr_warmup_iters=0, **flags))
         record = metrics(folder / "m.jsonl")[-1]
