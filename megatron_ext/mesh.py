@@ -13,6 +13,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_ext.errors import RequestError
@@ -21,6 +22,7 @@ from megatron_ext.option import option
 from megatron_ext.rendezvous import meet
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+_LONGEST_TIMEOUT = 365 * 24 * 60  # minutes; torch counts in smaller units, which overflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,9 @@ class ParallelConfig:
     zero_shard_size: int | None = option(
         None, "ranks over which ZeRO shards; the rest of the data-parallel ranks replicate (default: all of them)"
     )
-    distributed_timeout_minutes: int = option(30, "a collective that waits longer ends the run")
+    distributed_timeout_minutes: int = option(
+        30, "a message or collective of any process group that waits longer ends the run"
+    )
 
     @property
     def model_parallel_size(self) -> int:
@@ -44,6 +48,11 @@ class ParallelConfig:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
             if getattr(self, name) < 1:
                 raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if not 1 <= self.distributed_timeout_minutes <= _LONGEST_TIMEOUT:
+            raise RequestError(
+                f"--distributed-timeout-minutes {self.distributed_timeout_minutes}: must be from 1 to "
+                f"{_LONGEST_TIMEOUT} (a year)"
+            )
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
         if world_size % self.model_parallel_size:
             raise RequestError(
@@ -119,6 +128,13 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
 
     NCCL carries CUDA tensors and gloo CPU tensors. Returns this rank's device. Raises RequestError where the
     environment is not that of a launcher, or the ranks do not find each other.
+
+    No device is bound to the world (`device_id=`): with one, NCCL carries every message of a group on one communicator
+    and one stream in the order of issue (github.com/pytorch/pytorch/pull/154132), and a stage that waits for one
+    neighbour holds up what is ready for the other. Without, a lone send or receive has the communicator of its two
+    ranks, which is what torch's pipeline schedules count on when they issue messages one by one wherever they can
+    (`_batch_p2p`, pull/175712); sends and receives issued together have the group's. The price is that communicators
+    are made at their first use, for which all of their ranks must come: `build_grid` and `Pipeline` see to that.
     """
     launch = read_launch()
     device = local_device()
@@ -134,14 +150,37 @@ def init_distributed(timeout_minutes: int = 30) -> torch.device:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     rank, world = (0, 1) if launch is None else (launch.rank, launch.world_size)
     store = dist.HashStore() if launch is None else meet(launch, timeout)
-    device_id = device if device.type == "cuda" else None
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return device
 
 
 def build_grid(config: ParallelConfig, device: torch.device) -> ProcessGrid:
     """The grid over all ranks of the default process group. Collective: every rank calls it."""
+    _limit_waiting(datetime.timedelta(minutes=config.distributed_timeout_minutes))
     dp = config.data_parallel_size(dist.get_world_size())
     shard = config.zero_shard_size or dp
     shape = (config.pipeline_model_parallel_size, dp // shard, shard, config.tensor_model_parallel_size)
-    return ProcessGrid(init_device_mesh(device.type, shape, mesh_dim_names=AXES), device)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
+    _meet(mesh, device)
+    return ProcessGrid(mesh, device)
+
+
+def _limit_waiting(timeout: datetime.timedelta) -> None:
+    """Let every process group that is made from now on give up after `timeout`, as the world does.
+
+    Most are not made by us (by DeviceMesh, FSDP, DeepSpeed), take no timeout, and would have 10 minutes (NCCL) or 30
+    (gloo): these defaults of torch 2.11 to 2.13 are what reaches them all.
+    """
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
+
+
+def _meet(mesh: DeviceMesh, device: torch.device) -> None:
+    """Make the communicators of the world and of every axis, in the same order on all ranks.
+
+    NCCL makes one at the first collective of a group, which all its ranks must join; but the first use may be one that
+    only some do, as when the ends of the pipeline exchange the gradient of a tied embedding.
+    """
+    groups = [None, *(mesh[axis].get_group() for axis in AXES if mesh[axis].size() > 1)]
+    for group in groups:
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
