@@ -28,16 +28,11 @@ def main(arguments: list[str]) -> int:
             dry_run(config)
             return 0
 
-        import torch.distributed as dist
-
-        from megatron_ext.mesh import init_distributed
         from pretrain.train import run
+        from pretrain.world import joined_world
 
-        device = init_distributed(config.parallel.distributed_timeout_minutes)
-        try:
+        with joined_world(config.parallel.distributed_timeout_minutes) as device:
             run(config, device)
-        finally:
-            dist.destroy_process_group()
     except RequestError as error:
         return _refuse(str(error))
     return 0

@@ -1,0 +1,101 @@
+"""A rank that fails ends the whole run, with its traceback and no other, whatever the others wait for."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.__main__ import main
+from tests.distributed import Pool
+from tests.pretrain.failing_rank import fail_in
+from tests.pretrain.support import ROOT, command
+from tests.pretrain.test_data import write_corpus
+
+RANKS, FAILING = 8, 5
+LAYOUT: dict[str, Any] = {
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "zero_stage": 2,
+    "train_iters": 3,
+    "lr_warmup_iters": 0,
+}
+
+
+def arguments(folder: Path, place: str) -> list[str]:
+    write_corpus(folder / "c")
+    saving = {"save": folder / "saved", "save_interval": 1, "async_save": place == "async save"}
+    return command(data_path=folder / "c", **LAYOUT, **(saving if "save" in place else {}))
+
+
+def rank_main(rank: int, failing: int, place: str, words: list[str], port: int, errors: Path) -> None:
+    """Be a rank as Slurm may start it, without torchrun."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if rank == failing:
+        fail_in(place)
+    sys.exit(main(words))
+
+
+@pytest.mark.parametrize(
+    "place, failing",
+    [
+        ("forward", 5),
+        ("async save", 0),
+        ("late refusal", 0),
+        *[pytest.param(place, 5, marks=pytest.mark.slow) for place in ("backward", "data", "save", "async save")],
+    ],
+)
+def test_the_others_end_too(pool: Pool, tmp_path: Path, place: str, failing: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = arguments(tmp_path, place)
+    said = [tmp_path / f"stderr{rank}" for rank in range(RANKS)]
+    ranks = [
+        pool.context.Process(target=rank_main, args=(rank, failing, place, words, port, said[rank]), daemon=True)
+        for rank in range(RANKS)
+    ]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + 120
+    for rank in ranks:
+        rank.join(max(0, deadline - time.monotonic()))
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    assert codes == [2 if place == "late refusal" else 1] * RANKS
+    for rank, text in enumerate(path.read_text() for path in said):
+        assert_said(text, place, rank, failing)
+
+
+def assert_said(text: str, place: str, rank: int, failing: int) -> None:
+    if rank != failing:
+        assert re.fullmatch(rf"rank {rank}: ends, because rank {failing} has failed \(.*no bread\).*\n", text)
+    elif place == "late refusal":
+        assert text == "error: no bread\n"
+    else:
+        assert text.startswith("Traceback")
+        assert "ValueError: no bread" in text
+
+
+@pytest.mark.parametrize("place", [pytest.param("backward"), pytest.param("async save", marks=pytest.mark.slow)])
+def test_under_torchrun_too(tmp_path: Path, place: str) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
+    done = subprocess.run(
+        [*torchrun, "-m", "tests.pretrain.failing_rank", str(FAILING), place, *arguments(tmp_path, place)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    ours = done.stderr.split("torch.distributed.elastic")[0]
+    assert ours.count("Traceback") == 1
+    assert "ValueError: no bread" in ours
