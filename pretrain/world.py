@@ -59,6 +59,7 @@ class _Lookout:
         # without torchrun the first rank's process keeps the store
         self._keeps_store = self._rank == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._over = threading.Event()
+        self._ending = threading.Lock()  # taken by the one thread that has the last word
         self._thread = threading.Thread(target=self._watch, name="lookout", daemon=True)
         self._thread.start()
 
@@ -72,6 +73,7 @@ class _Lookout:
         try:
             while not self._over.wait(_LOOK_SECONDS):
                 if self._store.check([_REPORT]):
+                    self._ending.acquire()
                     self._follow()
         except RuntimeError:
             # who kept the store has ended: before us, for all is done, or without a word
@@ -82,28 +84,28 @@ class _Lookout:
     def leave(self, error: BaseException) -> NoReturn:
         """End this rank for an error of its own, which is the run's unless another rank was first."""
         self._over.set()
+        self._ending.acquire()
         code, brief = (2, str(error)) if isinstance(error, RequestError) else (1, _root(error))
         brief = " ".join(brief.split())
         text = f"error: {brief}\n" if code == 2 else "".join(traceback.format_exception(error))
-        try:
+        with contextlib.suppress(RuntimeError):  # the store is gone, or the first has died before it could report
             first = self._store.compare_set(_CLAIM, "", self._rank).decode()
             if first != self._rank:
                 self._store.wait([_REPORT])
                 self._follow(brief)
-            _say(text)
+        _say(text)
+        with contextlib.suppress(RuntimeError):
             self._store.set(_REPORT, f"{code}\n{self._rank}\n{brief[:400]}")
-        except RuntimeError:  # the store is gone, or the first has died before it could report
-            _say(text)
         self._end(code)
 
     def _follow(self, mine: str = "") -> NoReturn:
-        """End as the first one that failed did, with a line that points to it; silently if it gave this rank's reason.
+        """End as the first one that failed did, with a line that points to it; silently if both refused the same.
 
         mine: what this rank met with, likely for the lack of the other.
         """
         code, rank, reason = self._store.get(_REPORT).decode().split("\n")
-        if mine[:400] != reason:
-            here = f"; here: {mine[:200]}" if mine else ""
+        if code != "2" or mine[:400] != reason:
+            here = f"; here: {mine[:200]}" if mine[:200] != reason[:200] and mine else ""
             _say(f"rank {self._rank}: ends, because rank {rank} has failed ({reason}){here}\n")
         self._end(int(code))
 
@@ -115,10 +117,12 @@ class _Lookout:
 
 
 def _root(error: BaseException) -> str:
-    """The error that others were raised from, which torch's schedules do with what a stage raises."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"
+    """The error in a line: the innermost of those it was raised from that has only one, for torch wraps what stages
+    raise in a page."""
+    root, cause = error, error.__cause__
+    while cause is not None:
+        root, cause = cause if "\n" not in str(cause).strip() else root, cause.__cause__
+    return f"{type(root).__name__}: {root}"
 
 
 def _say(text: str) -> None:

@@ -97,7 +97,10 @@ class CheckpointWriter:
         except (Exception, CheckpointException) as error:  # the latter is a BaseException
             if self._is_first:
                 shutil.rmtree(partial_path(self.root, manifest.iteration), ignore_errors=True)
-            return str(error).strip().splitlines()[-1]
+            problem = str(error).strip().splitlines()[-1]
+            if not _is_of_files(error):
+                raise RuntimeError(f"the checkpoint could not be written ({problem})") from error
+            return problem
         return ""
 
     def _agree(self, problem: str) -> None:
@@ -109,6 +112,13 @@ class CheckpointWriter:
     def _raise(self, problem: str) -> None:
         if problem:
             raise RequestError(f"--save {self.root}: the checkpoint could not be written ({problem})")
+
+
+def _is_of_files(error: BaseException) -> bool:
+    """Whether a save failed at the files, not by a fault of the program, of which the traceback is wanted."""
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    # torch.save's own writer has no class of its own for what a disk refuses
+    return all(isinstance(cause, OSError) or "inline_container" in str(cause) for cause in causes)
 
 
 def check_writable(root: str | Path, flag: str = "--save") -> None:

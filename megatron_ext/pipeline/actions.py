@@ -5,6 +5,7 @@ Schedules with several stages on a rank list their order in torch, and run that 
 their order is written out here.
 """
 
+import collections
 import functools
 import types
 from typing import Any, NamedTuple
@@ -32,7 +33,8 @@ SCHEDULE_CLASSES: dict[str, Any] = {
 
 class Action(NamedTuple):
     """One pass of one microbatch through one stage. kind: "F" forward, "B" a whole backward pass, "I" its input half,
-    "W" its weight half. stage: global index."""
+    "W" its weight half; in `forward_lists` also "R", its input is received, and "S", its output is sent. stage: global
+    index."""
 
     kind: str
     stage: int
@@ -48,6 +50,34 @@ def action_lists(layout: StageLayout, n_microbatches: int) -> ActionLists:
     `n_microbatches` is one that `plan_stages` accepts for the layout.
     """
     return _action_lists(layout.schedule, max(layout.rank_of) + 1, len(layout.stages), n_microbatches)
+
+
+def forward_lists(layout: StageLayout, n_microbatches: int) -> ActionLists:
+    """By pp rank, the forward passes of `action_lists` in their order, with the messages between ranks.
+
+    All lists are cut from one sequence of passes, in which a message stands at once with its sender and its receiver:
+    ranks that work through them never wait for each other in a circle, however little a message can hold.
+    """
+    ahead = [
+        collections.deque(action for action in actions if action.kind == "F")
+        for actions in action_lists(layout, n_microbatches)
+    ]
+    lists: list[list[Action]] = [[] for _ in ahead]
+    computable = {(0, microbatch) for microbatch in range(n_microbatches)}
+    while any(ahead):
+        for rank, queue in enumerate(ahead):
+            if not queue or queue[0][1:] not in computable:
+                continue
+            lists[rank].append(queue.popleft())
+            _, stage, microbatch = lists[rank][-1]
+            if stage + 1 == len(layout.stages):
+                continue
+            computable.add((stage + 1, microbatch))
+            receiver = layout.rank_of[stage + 1]
+            if receiver != rank:
+                lists[rank].append(Action("S", stage, microbatch))
+                lists[receiver].append(Action("R", stage + 1, microbatch))
+    return tuple(map(tuple, lists))
 
 
 @functools.lru_cache(maxsize=16)  # the longest take some ten megabytes

@@ -1,12 +1,19 @@
-"""A pass without backward, the same for every schedule: stage after stage, microbatch after microbatch."""
+"""A pass without backward, in the order of the schedule's own forward passes.
+
+torch's schedules have an `eval`, which would do for some: those in a V fail in it (2.13: "can't steal_bwd_input if this
+stage doesn't have backward"), all keep every microbatch's hidden states to the end, and going over from training and
+back makes them negotiate anew, for which the host waits.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from megatron_ext.mesh import ProcessGrid
+from megatron_ext.pipeline.actions import forward_lists
 from megatron_ext.pipeline.layout import StageLayout
 
 
@@ -17,33 +24,34 @@ def forward_only(
     grid: ProcessGrid,
     room: Callable[[torch.device], torch.Tensor],
 ) -> list[torch.Tensor]:
-    """Run every microbatch through this rank's stages, in order of their index.
+    """Run every microbatch through this rank's stages.
 
     room(device): an uninitialised tensor for one microbatch's hidden states. Returns the last stage's output for
-    each microbatch, nothing where the last stage is elsewhere. Every rank of the pipeline calls it.
+    each microbatch in their order, nothing where the last stage is elsewhere. Every rank of the pipeline calls it.
     """
-    group = grid.mesh["pp"].get_group()
-    peer = [dist.get_global_rank(group, rank) for rank in layout.rank_of]
-    me = grid.rank("pp")
-    handed_over: list[torch.Tensor] = []
-    for index, module in modules.items():
-        inputs, handed_over = handed_over, []
-        sends = []
-        for i, batch in enumerate(microbatches):
-            extra = {name: tensor for name, tensor in batch.items() if name != "tokens"}
-            if index == 0:
-                x = batch["tokens"]
-            elif layout.rank_of[index - 1] == me:
-                x = inputs[i]
+    group, last = grid.mesh["pp"].get_group(), len(layout.stages) - 1
+    inputs = {(0, i): batch["tokens"] for i, batch in enumerate(microbatches)}
+    arriving: dict[tuple[int, int], Any] = {}
+    leaving: tuple[Any, torch.Tensor] | None = None
+    outputs: dict[int, torch.Tensor] = {}
+    for kind, stage, i in forward_lists(layout, len(microbatches))[grid.rank("pp")]:
+        if kind == "R":
+            inputs[stage, i] = room(grid.device)
+            arriving[stage, i] = dist.irecv(inputs[stage, i], group=group, group_src=layout.rank_of[stage - 1])
+        elif kind == "F":
+            if (stage, i) in arriving:
+                arriving.pop((stage, i)).wait()
+            extra = {name: tensor for name, tensor in microbatches[i].items() if name != "tokens"}
+            y = modules[stage](inputs.pop((stage, i)), **extra)
+            if stage == last:
+                outputs[i] = y
             else:
-                x = room(grid.device)
-                dist.recv(x, peer[index - 1], group=group)
-            y = module(x, **extra)
-            if index + 1 == len(layout.stages) or layout.rank_of[index + 1] == me:
-                handed_over.append(y)
-            else:
-                send = dist.P2POp(dist.isend, y.contiguous(), peer[index + 1], group)
-                sends += dist.batch_isend_irecv([send])
-        for work in sends:
-            work.wait()
-    return handed_over if len(layout.stages) - 1 in modules else []
+                inputs[stage + 1, i] = y  # of this rank, or to be sent next
+        else:
+            if leaving is not None:
+                leaving[0].wait()
+            y = inputs.pop((stage + 1, i)).contiguous()
+            leaving = dist.isend(y, group=group, group_dst=layout.rank_of[stage + 1]), y  # kept until it has left
+    if leaving is not None:
+        leaving[0].wait()
+    return [outputs[i] for i in sorted(outputs)]

@@ -1,5 +1,6 @@
 """Running one batch through the stages, in the order of one of torch's schedules."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Pipeline:
         self.holds_last = len(layout.stages) - 1 in stages
         self._loss_scale: torch.Tensor | float = 1.0
         self._losses: list[torch.Tensor] = []
+        _meet_neighbours(layout, grid)
         self._schedule = None if layout.schedule == "none" else self._build()
 
     def _build(self) -> Any:
@@ -165,3 +167,19 @@ class Pipeline:
         if not losses:
             return torch.zeros((), dtype=torch.float64, device=self.grid.device)
         return torch.cat(losses).double().sum() / self.grid.size("tp")
+
+
+def _meet_neighbours(layout: StageLayout, grid: ProcessGrid) -> None:
+    """Make the communicators of ranks with neighbouring stages, pair after pair in the order of the stages.
+
+    NCCL makes one at the first message between the two, where both wait for each other: ranks that began with different
+    neighbours could do so in a circle.
+    """
+    group, me = grid.mesh["pp"].get_group(), grid.rank("pp")
+    pairs = (tuple(sorted(pair)) for pair in itertools.pairwise(layout.rank_of))
+    for sender, receiver in dict.fromkeys(pairs):
+        greeting = torch.zeros(1, device=grid.device)
+        if me == sender != receiver:
+            dist.send(greeting, group=group, group_dst=receiver)
+        elif me == receiver != sender:
+            dist.recv(greeting, group=group, group_src=sender)
