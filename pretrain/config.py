@@ -3,19 +3,18 @@
 import dataclasses
 from pathlib import Path
 
-from megatron_ext.checkpoint import find_checkpoint, has_checkpoints
 from megatron_ext.engine import BatchConfig, EngineConfig, RecomputeConfig
 from megatron_ext.errors import RequestError
 from megatron_ext.kernels import KernelConfig
 from megatron_ext.launch import world_size_from_environment
 from megatron_ext.mesh import ParallelConfig
 from megatron_ext.models import ModelConfig
-from megatron_ext.models.expand import METHODS
 from megatron_ext.optim import OptimizerConfig, PrecisionConfig, TrainableConfig
 from megatron_ext.option import option, refuse_unused
 from megatron_ext.pipeline import PipelineConfig
 from megatron_ext.tensor_parallel import LoraConfig
 from megatron_ext.zero import ZeroConfig
+from pretrain.checkpoints import CheckpointConfig
 from pretrain.data import DataConfig
 
 
@@ -38,81 +37,6 @@ class TrainingConfig:
             refuse_unused(self, ("eval_iters",), "--eval-interval")
         if not 0 <= self.seed < 2**32:
             raise RequestError(f"--seed {self.seed}: must be from 0 to 2**32 - 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    save: str | None = option(None, "folder of checkpoints to write", metavar="DIR")
-    load: str | None = option(None, "folder of checkpoints, or one checkpoint, to continue from", metavar="DIR")
-    save_interval: int | None = option(None, "iterations between checkpoints (default: only at the end)")
-    async_save: bool = option(False, "write checkpoints in the background")
-    finetune: bool = option(False, "take only the weights from --load, and start at iteration 0")
-    embedding_init: str | None = option(
-        None, "--load has a smaller vocabulary: how the rows of the tokenizer's new pieces begin", choices=METHODS
-    )
-    base_tokenizer_model: str | None = option(
-        None, "SentencePiece model of the checkpoint, which --tokenizer-model extends", metavar="FILE"
-    )
-    embedding_norm_correction: bool = option(False, "scale new rows to the mean norm of the old ones")
-    change_tokenizer: bool = option(
-        False, "with --finetune: train on with another tokenizer than the checkpoint's, whose ids mean other pieces"
-    )
-
-    def validate(self) -> None:
-        if self.save is None:
-            for name in ("save_interval", "async_save"):
-                if getattr(self, name):
-                    raise RequestError(f"--{name.replace('_', '-')} needs --save")
-        if self.save_interval is not None and self.save_interval < 1:
-            raise RequestError(f"--save-interval {self.save_interval}: must be at least 1")
-        if self.finetune and self.load is None:
-            raise RequestError("--finetune needs --load")
-        if self.change_tokenizer and not self.finetune:
-            raise RequestError(
-                "--change-tokenizer needs --load and --finetune: optimizer states and the place in the data belong to "
-                "the old tokenizer and cannot go on"
-            )
-        if self.change_tokenizer and self.embedding_init is not None:
-            raise RequestError("--change-tokenizer has no effect with --embedding-init, which changes it too")
-        self._validate_resize()
-        if self.save is not None and has_checkpoints(self.save) and not self.continues_in_place:
-            raise RequestError(
-                f"--save {self.save} holds checkpoints of another run: continue it with --load {self.save}, "
-                "or choose another folder"
-            )
-
-    def _validate_resize(self) -> None:
-        if self.embedding_init is None:
-            refuse_unused(self, ("base_tokenizer_model", "embedding_norm_correction"), "--embedding-init")
-            return
-        if not self.finetune:
-            raise RequestError(
-                f"--embedding-init {self.embedding_init} needs --load and --finetune: optimizer states and the place "
-                "in the data belong to the old vocabulary and cannot go on"
-            )
-        if self.continues_in_place:
-            raise RequestError(f"--save {self.save}: with --embedding-init choose another folder than --load's")
-        if self.base_tokenizer_model is None:
-            raise RequestError(
-                f"--embedding-init {self.embedding_init} needs --base-tokenizer-model: the tokenizer that the "
-                "checkpoint was trained with"
-            )
-
-    @property
-    def continues_in_place(self) -> bool:
-        """Checkpoints go where they come from: the command with which a run is both started and restarted."""
-        if self.save is None or self.load is None:
-            return False
-        return Path(self.save).resolve() in (Path(self.load).resolve(), Path(self.load).resolve().parent)
-
-    def find(self) -> Path | None:
-        """The checkpoint to load, None to start anew. Raises RequestError where --load names none.
-
-        A restartable command names one folder for --save and --load; the first time there is nothing in it.
-        """
-        if self.load is None or (self.continues_in_place and not has_checkpoints(self.load)):
-            return None
-        return find_checkpoint(self.load)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """From a command line and a YAML file to a `RunConfig`, and back.
 
 Every field of the configuration dataclasses is a flag of the same name. What is asked for later wins: the
-preset named by --model (or the shape of --load's checkpoint), then --config's file, then the command line.
+preset named by --model, then --config's file, then the command line. What nobody says of the model is that of the
+checkpoint, if the run starts from one, and else the default.
 """
 
 import argparse
@@ -10,16 +11,17 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from megatron_ext.checkpoint import find_checkpoint, model_of, read_manifest
+from megatron_ext.checkpoint import model_of, read_manifest
 from megatron_ext.checkpoint.directory import MANIFEST
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, preset, preset_names
+from pretrain.checkpoints import CheckpointConfig
 from pretrain.config import RunConfig
 from pretrain.data.tokenizer_file import read_tokenizer
 from pretrain.megatron_flags import ADVICE
@@ -220,45 +222,55 @@ def resolve(settings: dict[str, Any]) -> RunConfig:
     flags = all_flags()
     read = {key: flags[key].read(value) for key, value in settings.items()}
     read = {key: value for key, value in read.items() if value is not None or flags[key].default is None}
-    base = _base(name, from_checkpoint, read.get("load"))
     groups: dict[str, Any] = {}
-    keeps_rows = from_checkpoint and read.get("embedding_init") is None
-    tokenizer = None if keeps_rows else read.get("tokenizer_model")
+    of_group = {group: {key: value for key, value in read.items() if flags[key].group == group} for group in _groups()}
     for group, config in _groups().items():
-        values = {key: value for key, value in read.items() if flags[key].group == group}
         if config is ModelConfig:
-            groups[group] = _model(base, values, tokenizer)
+            options = CheckpointConfig(**of_group["checkpoint"])
+            keeps_rows = from_checkpoint and options.embedding_init is None
+            tokenizer = None if keeps_rows else read.get("tokenizer_model")
+            stored = _stored_model(name, from_checkpoint, options)
+            groups[group] = _model(name, of_group[group], stored, options.overridden, tokenizer)
         else:
-            groups[group] = config(**values)
+            groups[group] = config(**of_group[group])
     return RunConfig(**groups)
 
 
-def _base(name: Any, from_checkpoint: bool, load: str | None) -> ModelConfig | None:
-    """The shape that single flags override: the preset's, or the checkpoint's."""
-    if not from_checkpoint:
-        return None if name is None else preset(str(name))
-    if name is not None:
+def _stored_model(name: Any, from_checkpoint: bool, options: CheckpointConfig) -> ModelConfig | None:
+    """The model of the checkpoint that the run starts from, if it does from any."""
+    start = options.start()
+    if from_checkpoint and name is not None:
         raise RequestError(f"--use-checkpoint-args contradicts --model {name}: either says what the model's shape is")
-    if load is None:
+    if from_checkpoint and start.checkpoint is None:
         raise RequestError("--use-checkpoint-args needs --load: the checkpoint that has the shape")
-    checkpoint = find_checkpoint(load)
-    return model_of(read_manifest(checkpoint), f"--load {checkpoint}: {MANIFEST}")[0]
+    if start.checkpoint is None:
+        return None
+    manifest = read_manifest(start.checkpoint, start.flag)
+    return model_of(manifest, f"{start.flag} {start.checkpoint}: {MANIFEST}")[0]
 
 
-def _model(base: ModelConfig | None, values: dict[str, Any], tokenizer: str | None) -> ModelConfig:
-    if values.get("vocab_size") is None and tokenizer is not None:
-        values = values | {
-            "vocab_size": read_tokenizer(tokenizer).vocab_size
-        }  # the tokenizer at hand decides, never padded
-    values = {key: value for key, value in values.items() if value is not None or base is None}
-    if base is not None:
-        return dataclasses.replace(base, **values)
+def _model(
+    name: Any,
+    values: dict[str, Any],
+    stored: ModelConfig | None,
+    overridden: Collection[str],
+    tokenizer: str | None,
+) -> ModelConfig:
+    """What single flags say, then what the preset does; what neither says is the stored model's, or the default."""
+    values = {key: value for key, value in values.items() if value is not None}
+    if "vocab_size" not in values and tokenizer is not None:
+        values["vocab_size"] = read_tokenizer(tokenizer).vocab_size  # the tokenizer at hand decides, never padded
+    if name is not None:
+        values = dataclasses.asdict(preset(str(name))) | values
+    elif stored is not None:
+        kept = {key: value for key, value in dataclasses.asdict(stored).items() if key not in overridden}
+        values = kept | values
     needed = [field.name for field in dataclasses.fields(ModelConfig) if field.default is dataclasses.MISSING]
-    missing = ["--" + name.replace("_", "-") for name in needed if values.get(name) is None]
+    missing = ["--" + key.replace("_", "-") for key in needed if values.get(key) is None]
     if missing:
         raise RequestError(
-            f"{', '.join(missing)} missing: give them, or --model NAME (--help lists the names), or "
-            "--use-checkpoint-args with --load"
+            f"{', '.join(missing)} missing: give them, or --model NAME (--help lists the names), or --load a "
+            "checkpoint that has them"
         )
     return ModelConfig(**values)
 

@@ -4,13 +4,16 @@ from pathlib import Path
 
 from megatron_ext.errors import RequestError
 from megatron_ext.models.expand import Expansion
+from pretrain.checkpoints import Start
 from pretrain.config import RunConfig
 from tokenizer.decompose import decompose
 from tokenizer.errors import TokenizerError
 
 
-def plan_expansion(config: RunConfig) -> Expansion | None:
-    """How `--embedding-init` lets the vocabulary of `--load` grow, None without that flag.
+def plan_expansion(config: RunConfig, start: Start) -> Expansion | None:
+    """How `--embedding-init` lets the vocabulary of the weights grow that the run starts from, None without that flag.
+
+    None too where the run goes on: its own checkpoints have the larger vocabulary.
 
     Reads the two tokenizers; `config.checkpoint` is validated.
 
@@ -18,7 +21,7 @@ def plan_expansion(config: RunConfig) -> Expansion | None:
         RequestError: the tokenizers do not fit together, or the model's vocabulary is not the new one's.
     """
     options, tokenizer = config.checkpoint, config.data.tokenizer_model
-    if options.embedding_init is None:
+    if options.embedding_init is None or not start.weights_only:
         return None
     assert options.base_tokenizer_model is not None
     if tokenizer is None:

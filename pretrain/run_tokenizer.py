@@ -5,6 +5,7 @@ import dataclasses
 from megatron_ext.checkpoint import Manifest
 from megatron_ext.checkpoint.directory import MANIFEST
 from megatron_ext.errors import RequestError
+from pretrain.checkpoints import Start
 from pretrain.config import RunConfig
 from pretrain.data.sidecar import corpus_tokenizers
 from pretrain.data.tokenizer_file import read_tokenizer
@@ -16,20 +17,21 @@ _REMEDY = (
 )
 
 
-def run_tokenizer(config: RunConfig, loaded: Manifest | None) -> TokenizerRecord | None:
+def run_tokenizer(config: RunConfig, start: Start, loaded: Manifest | None) -> TokenizerRecord | None:
     """What the run's checkpoints are to say of its tokenizer; None where neither flags, data nor `loaded` know.
 
     Args:
         config: of which the data have been checked against each other.
-        loaded: the manifest of the checkpoint that the run starts from.
+        start: where the run begins.
+        loaded: the manifest of the checkpoint there.
 
     Raises:
         RequestError: the checkpoint was trained with another tokenizer.
     """
     corpora = corpus_tokenizers(config.data)
-    stored = _stored(config, loaded)
+    stored = _stored(start, loaded)
     named, used = _used(config, corpora)
-    _check(config, stored, named, used)
+    _check(config, start, stored, named, used)
     record = used or stored
     if record is None:
         return None
@@ -47,13 +49,13 @@ def run_tokenizer(config: RunConfig, loaded: Manifest | None) -> TokenizerRecord
     return dataclasses.replace(record, sample_sha256=sample, prepend_bos=prepend_bos, eod_token_id=eod)
 
 
-def _stored(config: RunConfig, loaded: Manifest | None) -> TokenizerRecord | None:
+def _stored(start: Start, loaded: Manifest | None) -> TokenizerRecord | None:
     if loaded is None or loaded.tokenizer is None:
         return None
     try:
         return read_record(loaded.tokenizer)
     except ValueError as error:
-        where = f"--load {config.checkpoint.load}: {MANIFEST}"
+        where = f"{start.asked}: {MANIFEST}"
         raise RequestError(f"{where} describes a tokenizer that this program does not know ({error})") from None
 
 
@@ -68,14 +70,16 @@ def _used(config: RunConfig, corpora: dict[str, TokenizerRecord | None]) -> tupl
     return f"--data-path {prefix}: what made it", made
 
 
-def _check(config: RunConfig, stored: TokenizerRecord | None, named: str, used: TokenizerRecord | None) -> None:
+def _check(
+    config: RunConfig, start: Start, stored: TokenizerRecord | None, named: str, used: TokenizerRecord | None
+) -> None:
     options = config.checkpoint
     if options.change_tokenizer and config.data.tokenizer_model is None:
         raise RequestError("--change-tokenizer needs --tokenizer-model: the tokenizer from now on")
     if stored is None or used is None:
         return
-    trained = f"the tokenizer that --load {options.load} was trained with ({stored})"
-    if options.embedding_init is not None:
+    trained = f"the tokenizer that {start.asked} was trained with ({stored})"
+    if options.embedding_init is not None and start.weights_only:
         assert options.base_tokenizer_model is not None
         base = read_tokenizer(options.base_tokenizer_model, "--base-tokenizer-model")
         if difference := stored.difference(record_of(base)):
@@ -83,7 +87,8 @@ def _check(config: RunConfig, stored: TokenizerRecord | None, named: str, used: 
             raise RequestError(f"{named} is not {trained}: it {difference}; give that one")
         return
     difference = stored.difference(used)
-    if options.change_tokenizer and difference is None:
+    changes = options.change_tokenizer and start.weights_only  # a run that goes on has changed it already
+    if changes and difference is None:
         raise RequestError(f"--change-tokenizer: {named} is {trained} already; leave out --change-tokenizer")
-    if difference is not None and not options.change_tokenizer:
+    if difference is not None and not changes:
         raise RequestError(f"{named} is not {trained}: it {difference}; {_REMEDY}")

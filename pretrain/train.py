@@ -10,12 +10,14 @@ import torch.distributed as dist
 from megatron_ext.checkpoint import CheckpointWriter, Manifest, load_checkpoint
 from megatron_ext.checkpoint.directory import write_text
 from megatron_ext.checkpoint.load import layout_of
+from megatron_ext.checkpoint.lock import FolderLock
 from megatron_ext.engine import Engine
 from megatron_ext.mesh import ProcessGrid, build_grid
 from megatron_ext.optim import learning_rate
+from pretrain.checkpoints import Start, beginning
 from pretrain.config import RunConfig
 from pretrain.data import build_data
-from pretrain.describe import describe
+from pretrain.describe import describe, describe_start
 from pretrain.flags import to_yaml
 from pretrain.logs import Console, Log, open_logs, trim_metrics
 from pretrain.memory import memory_figures, memory_table
@@ -32,27 +34,28 @@ def run(config: RunConfig, device: torch.device) -> None:
     """Train as `config` (validated) says. Every rank calls it, with torch.distributed initialised."""
     grid = build_grid(config.parallel, device)
     torch.manual_seed(config.training.seed + grid.random_stream)
-    trainer = Trainer(config, grid)
-    with StopRequest() as stop:
-        trainer.train(stop)
-    trainer.close()
+    with beginning(config.checkpoint) as (start, lock):
+        trainer = Trainer(config, grid, start, lock)
+        with StopRequest() as stop:
+            trainer.train(stop)
+        trainer.close()
 
 
 class Trainer:
     """The engine, the data and the logs of one run, and where the run stands."""
 
-    def __init__(self, config: RunConfig, grid: ProcessGrid):
-        self.config, self.grid = config, grid
+    def __init__(self, config: RunConfig, grid: ProcessGrid, start: Start, lock: FolderLock | None):
+        self.config, self.grid, self.start = config, grid, start
         self.is_writer = dist.get_rank() == 0
         self.engine = Engine(config.engine(), grid)
         batch = self.engine.config.batch
         assert config.training.train_iters is not None
         assert batch.global_batch_size is not None
         self.train_iters, self.batch_size = config.training.train_iters, batch.global_batch_size
-        loaded = self._load()
-        self.hugging_face = None if loaded is None else loaded.hugging_face
-        self.tokenizer = run_tokenizer(config, loaded)
-        continued = None if config.checkpoint.finetune else loaded
+        self.loaded = self._load()
+        self.hugging_face = None if self.loaded is None else self.loaded.hugging_face
+        self.tokenizer = run_tokenizer(config, start, self.loaded)
+        continued = None if start.weights_only else self.loaded
         self.iteration = self.started_at = 0 if continued is None else continued.iteration
         self.consumed_samples = 0 if continued is None else continued.consumed_samples
         self.data = build_data(
@@ -65,9 +68,9 @@ class Trainer:
             micro_batch_size=batch.micro_batch_size,
             global_batch_size=self.batch_size,
         )
-        self.resolved = to_yaml(dataclasses.replace(config, batch=batch))
-        save = config.checkpoint.save
-        self.writer = CheckpointWriter(save, self.engine, config.checkpoint.async_save) if save is not None else None
+        self.resolved = to_yaml(dataclasses.replace(config, batch=batch, checkpoint=config.checkpoint.as_begun()))
+        save, in_background = config.checkpoint.save, config.checkpoint.async_save
+        self.writer = CheckpointWriter(save, self.engine, in_background, lock) if save is not None else None
         self.saved_at = self.iteration if self.iteration and config.checkpoint.continues_in_place else None
         self.throughput = Throughput(self.engine.config, grid, config.logging.peak_tflops)
         self.results = ResultQueue(grid.device)
@@ -76,11 +79,11 @@ class Trainer:
 
     def _load(self) -> Manifest | None:
         """The checkpoint that the run starts from, if any; the engine's weights and states are filled in."""
-        options = self.config.checkpoint
-        checkpoint = options.find()
-        if checkpoint is None:
+        start = self.start
+        if start.checkpoint is None:
             return None
-        return load_checkpoint(self.engine, checkpoint, options.finetune, plan_expansion(self.config))
+        expansion, overridden = plan_expansion(self.config, start), self.config.checkpoint.overridden
+        return load_checkpoint(self.engine, start.checkpoint, start.weights_only, expansion, overridden, start.flag)
 
     def _open_logs(self) -> tuple[Console | None, list[Log]]:
         logging = self.config.logging
@@ -111,13 +114,9 @@ class Trainer:
             self.console.say(f" {line}")
         if self.config.precision.fp16:
             self.console.say(f" {self.engine.loss_scaler.describe()}")
-        if self.iteration:
-            self.console.say(f" continuing from iteration {self.iteration} of {self.config.checkpoint.load}")
-        if self.config.checkpoint.embedding_init is not None:
-            self.console.say(
-                f" new rows of the vocabulary beside those of {self.config.checkpoint.load}: "
-                f"{self.config.checkpoint.embedding_init}"
-            )
+        if self.loaded is not None:
+            for line in describe_start(self.config, self.start, self.loaded):
+                self.console.say(f" {line}")
 
     def train(self, stop: StopRequest) -> None:
         """Step until the last iteration, an exit interval, or a wish to stop."""

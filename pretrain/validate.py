@@ -35,13 +35,14 @@ def validate(config: RunConfig) -> None:
     if not config.data.eod_flags:
         needed = "--reset-position-ids, --reset-attention-mask or --eod-mask-loss"
         refuse_unused(config.data, ("eod_token_id",), needed)
-    checkpoint, manifest = config.checkpoint.find(), None
-    if checkpoint is not None:
-        manifest = read_manifest(checkpoint)
-        check_compatible(manifest, config.model, checkpoint, plan_expansion(config))
-        check_trained(manifest, config.engine(), checkpoint, config.checkpoint.finetune)
-        TensorReader(checkpoint, "--load")
-    run_tokenizer(config, manifest)
+    start, manifest = config.checkpoint.start(), None
+    if start.checkpoint is not None:
+        manifest = read_manifest(start.checkpoint, start.flag)
+        expansion, overridden = plan_expansion(config, start), config.checkpoint.overridden
+        check_compatible(manifest, config.model, start.checkpoint, expansion, overridden, start.flag)
+        check_trained(manifest, config.engine(), start.checkpoint, start.weights_only, start.flag)
+        TensorReader(start.checkpoint, start.flag)
+    run_tokenizer(config, start, manifest)
     if config.checkpoint.save is not None:
         check_writable(config.checkpoint.save)
     for name in ("tensorboard_dir", "wandb_save_dir"):

@@ -20,9 +20,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_ext.checkpoint import find_checkpoint, model_of
+from megatron_ext.checkpoint import has_checkpoints, locate_checkpoint, model_of
 from megatron_ext.checkpoint.digest import sha256_of
-from megatron_ext.checkpoint.directory import LATEST, MANIFEST, Manifest, leftovers, parse_manifest
+from megatron_ext.checkpoint.directory import LATEST, MANIFEST, Manifest, checkpoints_in, leftovers, parse_manifest
 from megatron_ext.checkpoint.finite import count_not_finite, not_finite
 from megatron_ext.checkpoint.read import WeightReader, Weights
 from megatron_ext.checkpoint.verify import find_problems
@@ -99,7 +99,7 @@ def work(options: argparse.Namespace) -> int:
     folder, checksums = Path(options.folder), not options.no_checksums
     if not folder.is_dir():
         raise RequestError(f"DIR {folder}: no such directory")
-    is_native = any((folder / name).is_file() for name in (LATEST, MANIFEST))
+    is_native = has_checkpoints(folder)
     reports: Iterable[Report]
     if options.all:
         reports = (_verify_native(checkpoint, checksums) for checkpoint in _all_checkpoints(folder))
@@ -120,7 +120,7 @@ def work(options: argparse.Namespace) -> int:
 def _all_checkpoints(folder: Path) -> list[Path]:
     if (folder / MANIFEST).is_file():
         raise RequestError(f"--all: DIR {folder} is a checkpoint itself; give the folder that it is in")
-    checkpoints = sorted(path for path in folder.glob("iter_*") if path.is_dir())
+    checkpoints = checkpoints_in(folder)[::-1]
     if not checkpoints:
         raise RequestError(f"--all: no checkpoints (iter_*) in DIR {folder}")
     return checkpoints
@@ -128,10 +128,13 @@ def _all_checkpoints(folder: Path) -> list[Path]:
 
 def _verify_latest(folder: Path, checksums: bool) -> Report:
     try:
-        checkpoint = find_checkpoint(folder, "DIR")
+        checkpoint, remark = locate_checkpoint(folder, "DIR")
     except RequestError as error:
         return Report(folder, "folder of checkpoints", problems=[_reason(error, "DIR", folder)])
-    return _verify_native(checkpoint, checksums)
+    report = _verify_native(checkpoint, checksums)
+    if remark:
+        report.problems.insert(0, remark.removeprefix(f"DIR {folder}: "))
+    return report
 
 
 def _verify_native(checkpoint: Path, checksums: bool) -> Report:

@@ -32,15 +32,14 @@ steps_of_one_pass() {
 # train FROM SAVE [FLAG ...]: a stage, from the weights of FROM. If SAVE has checkpoints already it goes on with the
 # last of them, so that a job that was ended can simply be started again.
 train() {
-    local from=$1 save=$2 flags=() start
+    local from=$1 save=$2 flags=()
     shift 2
-    start=(--load "$from" --finetune)
-    [[ ! -f "$save/latest" ]] || start=(--load "$save")
     [[ $TP -eq 1 ]] || flags+=(--sequence-parallel)
     [[ $PRECISION == fp32 ]] || flags+=("--$PRECISION")
     # shellcheck disable=SC2086  # DATA_PATH is a list
-    pretrain --config "$OUTPUT/model.yaml" --tokenizer-model "$OUTPUT/tokenizer" --data-path $DATA_PATH "${start[@]}" \
-        --save "$save" --save-interval "$SAVE_INTERVAL" --metrics "$save.jsonl" --seq-length "$SEQ_LENGTH" \
+    pretrain --config "$OUTPUT/model.yaml" --tokenizer-model "$OUTPUT/tokenizer" --data-path $DATA_PATH \
+        --pretrained-checkpoint "$from" --load "$save" --save "$save" --save-interval "$SAVE_INTERVAL" \
+        --metrics "$save.jsonl" --seq-length "$SEQ_LENGTH" \
         --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" --train-iters "$TRAIN_ITERS" \
         --lr "$LR" --lr-decay-style cosine --lr-warmup-iters $((TRAIN_ITERS * 5 / 100)) --weight-decay 0.01 \
         --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" "${flags[@]}" "$@"

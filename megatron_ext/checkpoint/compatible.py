@@ -1,6 +1,7 @@
-"""Whether a run can take over a checkpoint: its model's shape, and which part of it was trained."""
+"""Whether a run can take over a checkpoint: its model, in all its fields, and which part of it was trained."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,18 @@ from megatron_ext.checkpoint.directory import MANIFEST, Manifest
 from megatron_ext.checkpoint.model import model_of
 from megatron_ext.engine import EngineConfig
 from megatron_ext.errors import RequestError
-from megatron_ext.models import ModelConfig
+from megatron_ext.models import ModelConfig, parameter_shapes
 from megatron_ext.models.expand import Expansion
 from megatron_ext.optim import TrainableConfig
 from megatron_ext.tensor_parallel import LoraConfig
 
-# fields that change no stored tensor and that people change on purpose: a checkpoint may be continued with others
-_FREE_FIELDS = frozenset({"init_method_std", "max_position_embeddings", "norm_epsilon", "rotary_base", "window_size"})
+_FREE_FIELDS = frozenset({"init_method_std"})  # says how new parameters begin, nothing of those that are there
+_SIZES = frozenset(
+    {
+        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size", "num_query_groups",
+        "kv_channels",
+    }
+)  # fmt: skip
 _FREE_LORA_FIELDS = ("lora_dropout",)
 _RESIZE_REMEDY = (
     "; to give a larger vocabulary's rows values, add --finetune --embedding-init METHOD --base-tokenizer-model OLD, "
@@ -23,44 +29,75 @@ _RESIZE_REMEDY = (
 
 
 def check_compatible(
-    manifest: Manifest, model: ModelConfig, checkpoint: Path, expansion: Expansion | None = None
+    manifest: Manifest,
+    model: ModelConfig,
+    checkpoint: Path,
+    expansion: Expansion | None = None,
+    overridden: Collection[str] = (),
+    flag: str = "--load",
 ) -> None:
-    """Raise RequestError naming the first field in which the checkpoint's model is another one.
+    """Raise RequestError naming the fields in which the checkpoint's model is another one, by shape or by function.
 
     expansion: how the checkpoint's vocabulary is to grow to the model's.
+    overridden: fields in which it may be another one, if that changes no stored tensor.
+    flag: that names the checkpoint.
     """
-    stored_model = dataclasses.asdict(model_of(manifest, f"--load {checkpoint}: {MANIFEST}")[0].resolved())
+    stored = model_of(manifest, f"{flag} {checkpoint}: {MANIFEST}")[0].resolved()
     if expansion is not None:
-        expansion.check_vocabulary(stored_model["vocab_size"], f"--load {checkpoint}")
-        stored_model["vocab_size"] = expansion.new_size
-    for name, wanted in dataclasses.asdict(model.resolved()).items():
-        stored = stored_model[name]
-        free = name in _FREE_FIELDS or name.startswith("rope_")
-        if name == "max_position_embeddings" and model.position_embedding_type == "learned_absolute":
-            free = False  # there it is the number of rows of a table
-        if stored != wanted and not free:
-            remedy = _RESIZE_REMEDY if name == "vocab_size" and stored < wanted else ""
-            raise RequestError(
-                f"--load {checkpoint}: its model has {name} {stored}, the run asks for {wanted} "
-                f"(--{name.replace('_', '-')}){remedy}"
-            )
+        expansion.check_vocabulary(stored.vocab_size, f"{flag} {checkpoint}")
+        stored = dataclasses.replace(stored, vocab_size=expansion.new_size)
+    differing = [name for name in differences(stored, model) if name not in _FREE_FIELDS]
+    shaping = [name for name in differing if _shapes_differ(stored, name, getattr(model.resolved(), name))]
+    wrong = [name for name in differing if name in shaping or name not in overridden]
+    if not wrong:
+        return
+    says = "; ".join(
+        f"{name} {getattr(stored, name)}, the run asks for {getattr(model.resolved(), name)} "
+        f"(--{name.replace('_', '-')})"
+        for name in wrong
+    )
+    remedy = ""
+    if "vocab_size" in wrong and stored.vocab_size < model.vocab_size:
+        remedy = _RESIZE_REMEDY
+    elif not shaping:
+        remedy = (
+            f"; what is neither given nor a preset's is the checkpoint's, and to change it give "
+            f"--override-checkpoint-args {' '.join(wrong)}"
+        )
+    raise RequestError(f"{flag} {checkpoint}: its model has {says}{remedy}")
 
 
-def check_trained(manifest: Manifest, config: EngineConfig, checkpoint: Path, weights_only: bool) -> None:
+def differences(stored: ModelConfig, model: ModelConfig) -> list[str]:
+    """Names of the fields in which two models differ; what has no effect in either does not count."""
+    ours, theirs = dataclasses.asdict(model.resolved()), dataclasses.asdict(stored.resolved())
+    return [name for name, value in ours.items() if value != theirs[name]]
+
+
+def _shapes_differ(model: ModelConfig, name: str, value: Any) -> bool:
+    """Whether another value of one field makes other tensors."""
+    if name in _SIZES:
+        return True
+    layer = dataclasses.replace(model, num_layers=1)
+    return parameter_shapes(dataclasses.replace(layer, **{name: value})) != parameter_shapes(layer)
+
+
+def check_trained(
+    manifest: Manifest, config: EngineConfig, checkpoint: Path, weights_only: bool, flag: str = "--load"
+) -> None:
     """Raise RequestError where the checkpoint lacks what the run needs, or has what the run would lose."""
     trainable = dataclasses.asdict(TrainableConfig()) | _plain(manifest.trainable or {})
     wanted = _plain(dataclasses.asdict(config.trainable))
     if manifest.has_optimizer and not weights_only and trainable != wanted:
         name = next(name for name in wanted if trainable[name] != wanted[name])
         raise RequestError(
-            f"--load {checkpoint}: it was trained with {name} {trainable[name]}, the run asks for {wanted[name]} "
+            f"{flag} {checkpoint}: it was trained with {name} {trainable[name]}, the run asks for {wanted[name]} "
             f"(--{name.replace('_', '-')}): keep it, or start from the weights alone with --finetune"
         )
     if manifest.lora is None:
         return
     if config.adapters is None:
         raise RequestError(
-            f"--load {checkpoint}: it has LoRA adapters: merge them first (python -m tools.convert_checkpoint --from "
+            f"{flag} {checkpoint}: it has LoRA adapters: merge them first (python -m tools.convert_checkpoint --from "
             "native --to native), or go on with --train-only lora"
         )
     stored = _plain(dataclasses.asdict(LoraConfig()) | manifest.lora)
@@ -68,7 +105,7 @@ def check_trained(manifest: Manifest, config: EngineConfig, checkpoint: Path, we
     for name, value in asked.items():
         if stored[name] != value and name not in _FREE_LORA_FIELDS:
             raise RequestError(
-                f"--load {checkpoint}: its adapters have {name} {stored[name]}, the run asks for {value} "
+                f"{flag} {checkpoint}: its adapters have {name} {stored[name]}, the run asks for {value} "
                 f"(--{name.replace('_', '-')})"
             )
 

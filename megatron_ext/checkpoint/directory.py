@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,11 @@ from megatron_ext.errors import RequestError
 FORMAT_VERSION = 1
 LATEST = "latest"
 MANIFEST = "manifest.json"
+_NAME = re.compile(r"iter_\d{7,}")
+
+
+class FormatError(RequestError):
+    """A checkpoint that another version of this program wrote."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +61,26 @@ def partial_path(root: Path, iteration: int) -> Path:
     return root / f".{checkpoint_name(iteration)}.tmp"
 
 
-def replaced_path(root: Path, name: str) -> Path:
-    """Where a checkpoint stands aside while another of the same iteration takes its place."""
-    return root / f".{name}.old"
-
-
 def leftovers(root: Path) -> list[Path]:
-    """What a killed run left unfinished: checkpoints that were being written or stood aside."""
-    return [path for kind in ("old", "tmp") for path in sorted(root.glob(f".iter_*.{kind}"))]
+    """What a killed run left unfinished: checkpoints that were being written."""
+    return sorted(root.glob(".iter_*.tmp"))
 
 
 def remove_partials(root: Path) -> None:
     """Clear away what a killed run left unfinished."""
     for path in leftovers(root):
-        final = root / path.name.removeprefix(".").removesuffix(".old")
-        if path.suffix == ".tmp" or final.exists():
-            shutil.rmtree(path)
-        else:  # killed between the two renames
-            os.replace(path, final)
+        shutil.rmtree(path)
+
+
+def checkpoints_in(root: Path) -> list[Path]:
+    """Every folder here that has a checkpoint's name, whole or not, the newest first."""
+    found = [path for path in root.glob("iter_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=iteration_of, reverse=True)
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """The iteration that the name of a checkpoint's folder says."""
+    return int(checkpoint.name.removeprefix("iter_"))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,6 +97,9 @@ def write_text(path: Path, text: str) -> None:
 def publish(root: Path, manifest: Manifest) -> Path:
     """Turn the finished partial directory into the checkpoint, and make it the latest.
 
+    `latest` is written first: where the two disagree, a run was killed in between or somebody went back by hand. What
+    has the checkpoint's name already, which is something damaged, is set aside as NAME.old and kept.
+
     manifest: its `files` are filled in here, and in `sha256` the digests that are not there yet.
     """
     partial = partial_path(root, manifest.iteration)
@@ -96,14 +108,18 @@ def publish(root: Path, manifest: Manifest) -> Path:
     digests = {name: manifest.sha256.get(name) or sha256_of(partial / name) for name in sizes}
     complete = dataclasses.replace(manifest, files=sizes, sha256=digests)
     write_text(partial / MANIFEST, json.dumps(dataclasses.asdict(complete), indent=2) + "\n")
-    replaced = replaced_path(root, final.name)
     if final.exists():
-        os.replace(final, replaced)
+        os.replace(final, next(path for path in _names_aside(final) if not path.exists()))
+    write_text(root / LATEST, final.name + "\n")
     os.replace(partial, final)
     _sync_directory(root)
-    write_text(root / LATEST, final.name + "\n")
-    shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+def _names_aside(path: Path) -> Iterator[Path]:
+    yield path.with_name(f"{path.name}.old")
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.name}.old{number}")
 
 
 def _sync_directory(path: Path) -> None:
@@ -116,28 +132,81 @@ def _sync_directory(path: Path) -> None:
 
 
 def has_checkpoints(path: str | Path) -> bool:
-    """Whether there is a complete checkpoint in, or at, this folder."""
-    return (Path(path) / LATEST).is_file() or (Path(path) / MANIFEST).is_file()
+    """Whether there is a checkpoint in, or at, this folder, or something that was one."""
+    path = Path(path)
+    return bool((path / LATEST).exists() or (path / MANIFEST).exists() or checkpoints_in(path))
 
 
 def find_checkpoint(path: str | Path, flag: str = "--load") -> Path:
-    """The checkpoint that `flag PATH` means: PATH itself, or the one that PATH/latest names."""
+    """The checkpoint that `flag PATH` means; see `locate_checkpoint`."""
+    return locate_checkpoint(path, flag)[0]
+
+
+def locate_checkpoint(path: str | Path, flag: str = "--load") -> tuple[Path, str]:
+    """The checkpoint that `flag PATH` means, and what is to be said of that, if anything.
+
+    PATH itself, or the one that PATH/latest names; where that one is not whole or `latest` is lost, the newest that is.
+    """
     path = Path(path)
     if (path / MANIFEST).is_file():
-        return path
+        return path, ""
     if not path.is_dir():
         raise RequestError(f"{flag} {path}: no such directory")
-    if not (path / LATEST).is_file():
-        raise RequestError(f"{flag} {path}: neither a checkpoint ({MANIFEST}) nor a folder of checkpoints ({LATEST})")
+    reason = _names_nothing(path, flag)
+    if reason is None:
+        return path / _read_latest(path), ""
+    problems: list[str] = []
+    for checkpoint in checkpoints_in(path):
+        problem = _not_whole(checkpoint, flag)
+        if problem is None:
+            newest = f"{checkpoint.name} is the newest whole checkpoint there"
+            return checkpoint, f"{flag} {path}: {_joined(reason, problems)}; {newest}"
+        problems.append(problem)
+    if problems:
+        raise RequestError(f"{flag} {path}: {_joined(reason, problems)}; no checkpoint there is whole")
+    raise RequestError(
+        f"{flag} {path}: neither a checkpoint ({MANIFEST}) nor a folder of checkpoints ({LATEST}): {reason}"
+    )
+
+
+def _joined(reason: str, problems: list[str]) -> str:
+    return "; ".join([reason, *(problem for problem in problems if problem not in reason)])
+
+
+def _read_latest(root: Path) -> str:
+    return (root / LATEST).read_text(encoding="utf-8").strip()
+
+
+def _names_nothing(root: Path, flag: str) -> str | None:
+    """Why `latest` names no whole checkpoint; None if it does."""
     try:
-        name = (path / LATEST).read_text(encoding="utf-8").strip()
-        for checkpoint in (path / name, replaced_path(path, name)):
-            if (checkpoint / MANIFEST).is_file():
-                return checkpoint
+        name = _read_latest(root)
+        if not name or Path(name).name != name or not (root / name / MANIFEST).is_file():
+            return f"its '{LATEST}' names {name[:80]!r}, which is not a complete checkpoint there"
+        return None if (problem := _not_whole(root / name, flag)) is None else f"its '{LATEST}' names {problem}"
+    except FileNotFoundError:
+        return f"it has no '{LATEST}'"
     except (OSError, ValueError) as error:  # no text, or longer than a path can be
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise RequestError(f"{flag} {path}: its '{LATEST}' names no checkpoint ({reason})") from error
-    raise RequestError(f"{flag} {path}: its '{LATEST}' names {name!r}, which is not a complete checkpoint there")
+        return f"its '{LATEST}' names no checkpoint ({error.strerror if isinstance(error, OSError) else error})"
+
+
+def _not_whole(checkpoint: Path, flag: str) -> str | None:
+    """What a checkpoint lacks, in words that begin with its name; None if it is whole. Raises FormatError."""
+    try:
+        manifest = read_manifest(checkpoint, flag)
+    except FormatError:
+        raise
+    except RequestError as error:
+        return str(error).removeprefix(f"{flag} {checkpoint.parent}/")
+    if _NAME.fullmatch(checkpoint.name) and manifest.iteration != iteration_of(checkpoint):
+        return f"{checkpoint.name}: its {MANIFEST} is of iteration {manifest.iteration}"
+    return None
+
+
+def later_checkpoints(root: Path, iteration: int, flag: str = "--save") -> list[Path]:
+    """The whole checkpoints of a folder that come after an iteration, the newest first."""
+    later = [path for path in checkpoints_in(root) if iteration_of(path) > iteration]
+    return [path for path in later if _not_whole(path, flag) is None]
 
 
 def read_manifest(checkpoint: Path, flag: str = "--load") -> Manifest:
@@ -156,7 +225,7 @@ def parse_manifest(checkpoint: Path, flag: str = "--load") -> Manifest:
     except (OSError, ValueError, TypeError) as error:
         raise RequestError(f"{flag} {checkpoint}: unreadable {MANIFEST} ({error})") from error
     if manifest.format_version != FORMAT_VERSION:
-        raise RequestError(
+        raise FormatError(
             f"{flag} {checkpoint}: format version {manifest.format_version}, this program reads {FORMAT_VERSION}"
         )
     return manifest

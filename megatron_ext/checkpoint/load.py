@@ -1,6 +1,7 @@
 """Reading checkpoints into an engine of any layout."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -44,7 +45,12 @@ def layout_of(grid: ProcessGrid) -> dict[str, int]:
 
 
 def load_checkpoint(
-    engine: Engine, checkpoint: Path, weights_only: bool = False, expansion: Expansion | None = None
+    engine: Engine,
+    checkpoint: Path,
+    weights_only: bool = False,
+    expansion: Expansion | None = None,
+    overridden: Collection[str] = (),
+    flag: str = "--load",
 ) -> Manifest:
     """Fill the engine's weights and, unless `weights_only` or absent, optimizer, loss scale and random state.
 
@@ -52,11 +58,12 @@ def load_checkpoint(
     at the layout, and on the kind of device, that wrote it; elsewhere it begins anew, as another layout's does.
 
     expansion: the checkpoint has a smaller vocabulary, which grows like this (with `weights_only`).
+    overridden: see `check_compatible`. flag: that names the checkpoint.
     """
     assert expansion is None or weights_only
-    manifest = read_manifest(checkpoint)
-    check_compatible(manifest, engine.config.model, checkpoint, expansion)
-    check_trained(manifest, engine.config, checkpoint, weights_only)
+    manifest = read_manifest(checkpoint, flag)
+    check_compatible(manifest, engine.config.model, checkpoint, expansion, overridden, flag)
+    check_trained(manifest, engine.config, checkpoint, weights_only, flag)
     with_optimizer = manifest.has_optimizer and not weights_only
     states = engine.states(empty=True)
     if not with_optimizer:
@@ -68,7 +75,7 @@ def load_checkpoint(
         state |= optimizer_state(engine, states, for_saving=False)
     random = random_state(engine)
     resized = {key: state.pop(key) for key in _VOCABULARY_KEYS & state.keys()} if expansion is not None else {}
-    reader = TensorReader(checkpoint, "--load")
+    reader = TensorReader(checkpoint, flag)
     same_generators = manifest.layout == layout_of(engine.grid) and reader.size_of(random_key()) in (None, random.shape)
     if with_optimizer and same_generators:
         state[random_key()] = random
@@ -79,7 +86,7 @@ def load_checkpoint(
             _fill_resized(resized, ResizedWeights(WeightReader(checkpoint), expansion, progress))
     except (Exception, CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise RequestError(f"--load {checkpoint}: cannot be read ({reason})") from error
+        raise RequestError(f"{flag} {checkpoint}: cannot be read ({reason})") from error
     fill_copies(engine, states)
     engine.take(states)
     if with_optimizer:

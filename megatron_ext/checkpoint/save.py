@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ext.checkpoint.digest import HashingWriter
 from megatron_ext.checkpoint.directory import Manifest, partial_path, publish, remove_partials, write_text
+from megatron_ext.checkpoint.lock import FolderLock
 from megatron_ext.checkpoint.state import model_state, optimizer_state, random_key, random_state
 from megatron_ext.engine import Engine
 from megatron_ext.errors import RequestError
@@ -23,10 +24,12 @@ class CheckpointWriter:
 
     A checkpoint is either complete and named by `latest`, or does not exist. With `background` the state is copied
     and written by a thread while training goes on; `poll` publishes it when every rank has finished.
+
+    lock: on the first rank, that of the folder; it is looked at before anything is written or published.
     """
 
-    def __init__(self, root: str | Path, engine: Engine, background: bool = False):
-        self.root, self.engine, self.background = Path(root), engine, background
+    def __init__(self, root: str | Path, engine: Engine, background: bool = False, lock: FolderLock | None = None):
+        self.root, self.engine, self.background, self._lock = Path(root), engine, background, lock
         self._is_first = dist.get_rank() == 0
         # its own gloo group: planning talks between hosts, and must not mix with a training step's collectives
         self._group = dist.new_group(backend="gloo")
@@ -64,14 +67,21 @@ class CheckpointWriter:
     def _prepare(self, partial: Path, texts: dict[str, str]) -> str:
         """Make the partial directory. Returns what went wrong, or nothing."""
         try:
+            self._check_lock()
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             for name, text in texts.items():
                 write_text(partial / name, text)
+        except RequestError as error:
+            return str(error)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             return str(error)
         return ""
+
+    def _check_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.check()
 
     def poll(self) -> None:
         """Publish a background checkpoint that has been written. Cheap: call it at every step, on every rank.
@@ -93,6 +103,7 @@ class CheckpointWriter:
         try:
             future.result()
             if self._is_first:
+                self._check_lock()
                 publish(self.root, dataclasses.replace(manifest, sha256=writer.sha256))
         except (Exception, CheckpointException) as error:  # the latter is a BaseException
             if self._is_first:

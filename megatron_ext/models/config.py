@@ -1,6 +1,7 @@
 """The shape of a model, in Megatron-LM's words."""
 
 import dataclasses
+from typing import Any
 
 from megatron_ext.errors import RequestError
 from megatron_ext.kinds import check_kinds
@@ -67,8 +68,22 @@ class ModelConfig:
         return int(self.head_dim * self.rotary_percent)
 
     def resolved(self) -> "ModelConfig":
-        """The same model with the head size and the number of KV heads spelled out."""
-        return dataclasses.replace(self, kv_channels=self.head_dim, num_query_groups=self.kv_heads)
+        """The same model with the head size and the number of KV heads spelled out, and what has no effect at rest."""
+        idle: dict[str, Any] = {
+            field.name: field.default for field in dataclasses.fields(self) if field.name in self._idle()
+        }
+        return dataclasses.replace(self, kv_channels=self.head_dim, num_query_groups=self.kv_heads, **idle)
+
+    def _idle(self) -> tuple[str, ...]:
+        """Names of the fields that have no effect, given the others."""
+        idle: tuple[str, ...] = ()
+        if self.position_embedding_type != "rope":
+            idle += ("rotary_base", "rotary_percent", "rotary_interleaved", "rope_scaling", "rope_scaling_factor")
+        elif self.rope_scaling == "none":
+            idle += ("rope_scaling_factor",)
+        if self.position_embedding_type != "rope" or self.rope_scaling != "llama3":
+            idle += ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_position")
+        return idle
 
     @property
     def tied(self) -> bool:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,16 @@ from megatron_ext.checkpoint import (
     read_manifest,
 )
 from megatron_ext.checkpoint.digest import HashingWriter, sha256_of
-from megatron_ext.checkpoint.directory import LATEST, MANIFEST, partial_path, publish, remove_partials, write_text
+from megatron_ext.checkpoint.directory import (
+    LATEST,
+    MANIFEST,
+    later_checkpoints,
+    locate_checkpoint,
+    partial_path,
+    publish,
+    remove_partials,
+    write_text,
+)
 from megatron_ext.checkpoint.load import layout_of
 from megatron_ext.checkpoint.save import check_writable
 from megatron_ext.engine import Engine, EngineConfig
@@ -65,11 +75,12 @@ def test_a_published_checkpoint_is_found_and_complete(tmp_path: Path) -> None:
     assert read_manifest(newest) == dataclasses.replace(manifest(10), files={"data": 7}, sha256={"data": digest})
 
 
-def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
-    write(tmp_path, 5, "old")
-    write(tmp_path, 5, "newer")
-    assert (find_checkpoint(tmp_path) / "data").read_text() == "newer"
-    assert sorted(os.listdir(tmp_path)) == ["iter_0000005", "latest"]
+def test_saving_an_iteration_again_keeps_what_was_there(tmp_path: Path) -> None:
+    for content in ("first", "second", "third"):
+        write(tmp_path, 5, content)
+    assert (find_checkpoint(tmp_path) / "data").read_text() == "third"
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000005", "iter_0000005.old", "iter_0000005.old2", "latest"]
+    assert [(tmp_path / f"iter_0000005.old{n}" / "data").read_text() for n in ("", 2)] == ["first", "second"]
 
 
 @pytest.mark.parametrize(
@@ -90,10 +101,8 @@ def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
         ),
         (lambda c: edit(c, consumed_samples="8"), "unreadable manifest.json (its consumed_samples is no whole number)"),
         (lambda c: (c / MANIFEST).unlink(), "names 'iter_0000005', which is not a complete checkpoint there"),
-        (lambda c: (c.parent / LATEST).unlink(), "neither a checkpoint (manifest.json) nor a folder of checkpoints"),
-        (lambda c: (c.parent / LATEST).write_text("iter_1\n"), "names 'iter_1', which is not a complete checkpoint"),
-        (lambda c: (c.parent / LATEST).write_bytes(b"\xff\xfe"), "its 'latest' names no checkpoint ('utf-8' codec"),
-        (lambda c: (c.parent / LATEST).write_text("x" * 5000), "its 'latest' names no checkpoint (File name too long)"),
+        (lambda c: shutil.rmtree(c), "nor a folder of checkpoints (latest): its 'latest' names 'iter_0000005', which"),
+        (lambda c: edit(c, iteration=7), "its manifest.json is of iteration 7; no checkpoint there is whole"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, spoil: Callable[[Path], object], message: str) -> None:
@@ -103,6 +112,58 @@ def test_damage_is_named(tmp_path: Path, spoil: Callable[[Path], object], messag
     assert message in str(error.value)
     assert str(error.value).startswith(f"--load {tmp_path}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (lambda root: (root / LATEST).unlink(), "it has no 'latest'"),
+        (
+            lambda root: (root / LATEST).write_text(""),
+            "its 'latest' names '', which is not a complete checkpoint there",
+        ),
+        (lambda root: (root / LATEST).write_text("iter_1"), "its 'latest' names 'iter_1', which is not a complete"),
+        (lambda root: (root / LATEST).write_text("../root/iter_0000005"), "names '../root/iter_0000005', which is not"),
+        (lambda root: (root / LATEST).write_bytes(b"\xff\xfe"), "its 'latest' names no checkpoint ('utf-8' codec"),
+        (lambda root: (root / LATEST).write_text("x" * 5000), "its 'latest' names no checkpoint (File name too long)"),
+        (lambda root: shutil.rmtree(root / "iter_0000010"), "iter_0000010', which is not a complete checkpoint there"),
+        (
+            lambda root: (root / "iter_0000010" / "data").unlink(),
+            "iter_0000010: incomplete checkpoint, data is missing",
+        ),
+        (lambda root: os.truncate(root / "iter_0000010" / MANIFEST, 9), "iter_0000010: unreadable manifest.json ("),
+        (lambda root: edit(root / "iter_0000010", iteration=5), "iter_0000010: its manifest.json is of iteration 5"),
+    ],
+)
+def test_a_wrong_latest_falls_back_to_the_newest_whole_checkpoint(
+    tmp_path: Path, spoil: Callable[[Path], object], reason: str
+) -> None:
+    root = tmp_path / "root"
+    for iteration in (5, 10):
+        write(root, iteration)
+    spoil(root)
+    newest = "iter_0000005" if reason.startswith("iter_0000010") else "iter_0000010"
+    checkpoint, remark = locate_checkpoint(root)
+    assert checkpoint == root / newest
+    assert remark.startswith(f"--load {root}: ")
+    assert reason in remark
+    assert remark.endswith(f"; {newest} is the newest whole checkpoint there")
+
+
+def test_an_older_latest_is_meant(tmp_path: Path) -> None:
+    for iteration in (5, 10, 20):
+        write(tmp_path, iteration)
+    (tmp_path / LATEST).write_text("iter_0000005")
+    (tmp_path / "iter_0000020" / "data").unlink()
+    assert locate_checkpoint(tmp_path) == (tmp_path / "iter_0000005", "")
+    assert later_checkpoints(tmp_path, 5) == [tmp_path / "iter_0000010"]
+
+
+def test_no_falling_back_behind_another_programs_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    edit(write(tmp_path, 10), format_version=2)
+    with pytest.raises(RequestError, match="iter_0000010: format version 2, this program reads 1"):
+        find_checkpoint(tmp_path)
 
 
 MODEL = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 2, "vocab_size": 9}
@@ -261,32 +322,12 @@ def test_killed_while_publishing_leaves_the_last_or_the_new_one(tmp_path: Path, 
         read_manifest(checkpoint)
         found.append((checkpoint / "data").read_text())
         remove_partials(root)
-        write(root, 10, "new")  # the run is repeated
+        if found[-1] == "old":
+            write(root, 10, "new")  # the run is repeated
         assert sorted(os.listdir(root)) == ["iter_0000005", "iter_0000010", "latest"]
         prepare(attempt + 1)
     assert found == sorted(found, reverse=True)  # old until some moment, new from then on
     assert set(found) == {"old", "new"}
-
-
-def test_killed_while_replacing_leaves_one_of_them(tmp_path: Path, deaths) -> None:
-    attempt = 0
-
-    def save() -> None:
-        nonlocal attempt
-        attempt += 1
-        write(fresh(tmp_path, attempt), 5, "new")
-
-    write(fresh(tmp_path, 1), 5, "old")
-    for _ in deaths(save):
-        root = fresh(tmp_path, attempt)
-        checkpoint = find_checkpoint(root)
-        read_manifest(checkpoint)
-        assert (checkpoint / "data").read_text() in ("old", "new")
-        remove_partials(root)
-        write(root, 5, "repeated")
-        assert sorted(os.listdir(root)) == ["iter_0000005", "latest"]
-        assert (find_checkpoint(root) / "data").read_text() == "repeated"
-        write(fresh(tmp_path, attempt + 1), 5, "old")
 
 
 def test_write_text_is_all_or_nothing(tmp_path: Path, deaths) -> None:

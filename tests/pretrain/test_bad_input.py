@@ -363,18 +363,20 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "c.idx is truncated: ": lambda here: cut(here / "c.idx", -4),
     "c.idx is truncated at 20 bytes": lambda here: cut(here / "c.idx", 20),
     "c.idx is not a Megatron index": lambda here: overwrite(here / "c.idx", b"NOTMMIDX"),
-    "its 'latest' names 'iter_0000007', which is not": lambda here: (here / "saved/latest").write_text("iter_0000007"),
-    "its 'latest' names '', which is not": lambda here: cut(here / "saved/latest", 0),
-    f"{ITER}: incomplete checkpoint, __0_0.distcp has": lambda here: cut(here / ITER / "__0_0.distcp", -1),
-    f"{ITER}: incomplete checkpoint, .metadata is missing": lambda here: (here / ITER / ".metadata").unlink(),
-    f"{ITER}: unreadable manifest.json": lambda here: cut(here / ITER / "manifest.json", -9),
+    "its 'latest' names 'iter_0000001', which is not": lambda here: shutil.rmtree(here / ITER),
+    "iter_0000001: incomplete checkpoint, __0_0.distcp has": lambda here: cut(here / ITER / "__0_0.distcp", -1),
+    "iter_0000001: incomplete checkpoint, .metadata is missing": lambda here: (here / ITER / ".metadata").unlink(),
+    "iter_0000001: unreadable manifest.json": lambda here: cut(here / ITER / "manifest.json", -9),
     f"{ITER}: format version 99, this program reads 1": lambda here: edit(
         here / ITER / "manifest.json", format_version=99
     ),
     f"{ITER}: manifest.json describes a model that this program does not know (": lambda here: edit(
         here / ITER / "manifest.json", model={"experts": 8}
     ),
-    "its 'latest' names no checkpoint (": lambda here: (here / "saved/latest").write_bytes(b"\xff"),
+    "it has no 'latest'; iter_0000001: incomplete checkpoint, .metadata is missing; no": lambda here: (
+        (here / ITER / ".metadata").unlink(),
+        (here / "saved/latest").unlink(),
+    ),
 }
 
 
