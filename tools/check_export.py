@@ -119,6 +119,7 @@ def work(options: argparse.Namespace) -> int:
     print(f"{ids.shape[1] - 1} tokens of {options.text}:")
     for check in checks:
         print(check)
+    del decoder  # at most two models in memory
     if not as_trained:
         full = _losses(_decoder(source, None)(ids), ids).mean().item()
         print(f"  (the loss with the weights as they were trained, not rounded to {_name(dtype)}: {full:.6f})")

@@ -41,6 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content["added_tokens"] += [added | {"id": 400 + i, "content": name} for i, name in enumerate(("<bos>", "<eos>"))]
     write_json(path, content)
     write_json(path.with_name("tokenizer_config.json"), {"bos_token": "<bos>", "eos_token": "<eos>"})
+    write_json(path.with_name("special_tokens_map.json"), {"eos_token": "<|endoftext|>"})  # it disagrees
     path.with_name("chat_template.jinja").write_text("{{ messages }}")
     return folder
 

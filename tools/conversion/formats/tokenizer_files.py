@@ -19,16 +19,17 @@ from tokenizer.huggingface import huggingface_files
 from tokenizer.interface import Tokenizer
 from tokenizer.load import open_tokenizer
 from tokenizer.record import TokenizerRecord
-from tokenizer.tokenizer_json import read_object, with_first_token
+from tokenizer.tokenizer_json import read_object, special_names, with_first_token
 from tools.conversion.proof.prove import NotEqual
 from tools.conversion.proof.run_transformers import NotRunnable
 from tools.conversion.proof.tokenizers import Differences, compare
 
-MODEL, JSON, SETTINGS = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+MODEL, JSON = "tokenizer.model", "tokenizer.json"
+SETTINGS, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 _BESIDE = (
     "vocab.json",
     "merges.txt",
-    "special_tokens_map.json",
+    SPECIAL,
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
@@ -102,7 +103,7 @@ def _write_sentencepiece(
     flag: str, tokenizer: Tokenizer, record: TokenizerRecord, folder: Path, rows: int
 ) -> Iterator[dict[str, Any]]:
     """Write a model and what transformers needs; gives what tokenizer_config.json could say."""
-    own = _settings(flag, tokenizer)
+    own = _read(flag, tokenizer.beside(SETTINGS))
     pad = own.get("pad_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad
     known = pad if pad in tokenizer.pieces.values() else None
@@ -132,11 +133,13 @@ def _write_json(flag: str, tokenizer: Tokenizer, record: TokenizerRecord, folder
         if wanted != found:
             _write_object(folder / JSON, wanted)
     for name in _BESIDE:
-        if (tokenizer.path.with_name(name)).is_file():
-            shutil.copyfile(tokenizer.path.with_name(name), folder / name)
+        if (beside := tokenizer.beside(name)) is not None:
+            shutil.copyfile(beside, folder / name)
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, "unk": tokenizer.unk_id}
     names = {f"{name}_token": tokenizer.pieces[index] for name, index in ids.items() if index is not None}
-    own = names | _settings(flag, tokenizer)
+    own = _named(_read(flag, tokenizer.path.with_name(SETTINGS)), names)
+    if (folder / SPECIAL).is_file():  # where the two disagree, it would win in transformers, and did not in training
+        _write_object(folder / SPECIAL, _named(_read(flag, folder / SPECIAL), names))
     if own.get("add_bos_token") is not None and record.prepend_bos is not None:
         own["add_bos_token"] = record.prepend_bos
     if "tokenizer_class" in own:
@@ -145,9 +148,15 @@ def _write_json(flag: str, tokenizer: Tokenizer, record: TokenizerRecord, folder
     yield own | _GENERAL | _AS_NAMED
 
 
-def _settings(flag: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    path = tokenizer.path.with_name(SETTINGS)
-    return read_object(flag, path) if path.is_file() else {}
+def _named(settings: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Settings that name these special tokens; a name that is right already keeps its further properties."""
+    right = special_names(settings)
+    return settings | {name: piece for name, piece in names.items() if right.get(name) != piece}
+
+
+def _read(flag: str, path: Path | None) -> dict[str, Any]:
+    """The JSON object in a file that need not be there."""
+    return read_object(flag, path) if path is not None and path.is_file() else {}
 
 
 def _write_object(path: Path, value: object) -> None:
