@@ -233,6 +233,5 @@ def test_compare_sees_another_tokenizer(made: Path, tmp_path: Path) -> None:
     trained = open_tokenizer("", made / "bytes")
     record = record_of(trained)
     assert compare(trained, record, tmp_path / "hf").severity == 0
-    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
-    write_json(tmp_path / "hf" / "tokenizer_config.json", settings | {"eos_token": "<bos>"})
+    write_json(tmp_path / "hf" / "special_tokens_map.json", {"eos_token": "<bos>"})
     assert compare(trained, record, tmp_path / "hf").ids == "has eos id 400 instead of 401"
