@@ -26,6 +26,7 @@ class Throughput:
 
     def figures(self, seconds: float) -> dict[str, float | None]:
         """Of one step. MFU counts all attention scores (full) or half of them (causal)."""
+        seconds = max(seconds, 1e-6)  # no clock tells less
         rate = self._tokens / seconds
         per_device = rate / self._grid.world_size / 1e12
         mfu = {name: per_device * flops / self._peak if self._peak else None for name, flops in self._flops.items()}

@@ -1,14 +1,12 @@
 """One run, top to bottom: build, load, train, evaluate, save."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_ext.checkpoint import CheckpointWriter, Manifest, load_checkpoint
-from megatron_ext.checkpoint.directory import write_text
 from megatron_ext.checkpoint.load import layout_of
 from megatron_ext.checkpoint.lock import FolderLock
 from megatron_ext.engine import Engine
@@ -19,7 +17,7 @@ from pretrain.config import RunConfig
 from pretrain.data import build_data
 from pretrain.describe import describe, describe_start
 from pretrain.flags import to_yaml
-from pretrain.logs import Console, Log, open_logs, trim_metrics
+from pretrain.logs import open_logs
 from pretrain.memory import memory_figures, memory_table
 from pretrain.resize import plan_expansion
 from pretrain.results import ResultQueue, StepResult
@@ -74,7 +72,7 @@ class Trainer:
         self.saved_at = self.iteration if self.iteration and config.checkpoint.continues_in_place else None
         self.throughput = Throughput(self.engine.config, grid, config.logging.peak_tflops)
         self.results = ResultQueue(grid.device)
-        self.console, self.logs = self._open_logs()
+        self.console, self.logs = open_logs(config, self.resolved, self.iteration, self.is_writer)
         self._describe()
 
     def _load(self) -> Manifest | None:
@@ -84,18 +82,6 @@ class Trainer:
             return None
         expansion, overridden = plan_expansion(self.config, start), self.config.checkpoint.overridden
         return load_checkpoint(self.engine, start.checkpoint, start.weights_only, expansion, overridden, start.flag)
-
-    def _open_logs(self) -> tuple[Console | None, list[Log]]:
-        logging = self.config.logging
-        if self.is_writer:
-            trim_metrics(logging.metrics, self.iteration)
-            home = self.config.checkpoint.save or logging.tensorboard_dir
-            if home is None and logging.metrics is not None:
-                write_text(Path(logging.metrics).with_suffix(".run.yaml"), self.resolved)
-            elif home is not None:
-                Path(home).mkdir(parents=True, exist_ok=True)
-                write_text(Path(home) / "run.yaml", self.resolved)
-        return open_logs(self.config, _flat(self.config), self.iteration, self.is_writer)
 
     def _describe(self) -> None:
         if self.console is None:
@@ -228,8 +214,3 @@ class Trainer:
             self.writer.wait()
         for log in self.logs:
             log.close()
-
-
-def _flat(config: RunConfig) -> dict[str, Any]:
-    groups = dataclasses.asdict(config).values()
-    return {name: value for group in groups for name, value in group.items()}

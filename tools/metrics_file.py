@@ -1,5 +1,6 @@
 """The file that `python -m pretrain --metrics` writes."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,13 @@ from megatron_ext.errors import RequestError
 
 
 def read_metrics(path: str, flag: str) -> list[dict[str, Any]]:
-    """Its records, one of an iteration, at least one. Raises RequestError where `flag` names no such file."""
+    """Its records, one of an iteration, at least one; figures that were no numbers are None, and half a record at the
+    end, of a run that goes on or was killed, is passed over. Raises RequestError where `flag` names no such file."""
     try:
-        records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        *lines, last = Path(path).read_bytes().split(b"\n")
+        records = [json.loads(line) for line in lines if line.strip()]
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(last))
         if not records or not all(isinstance(record, dict) and "iteration" in record for record in records):
             raise ValueError("no iterations in it")
     except (OSError, ValueError) as error:

@@ -21,8 +21,8 @@ def draw(runs: dict[str, list[dict[str, Any]]], output: str, marks: list[int]) -
     FigureCanvasAgg(figure)
     for axes, (key, title) in zip(figure.subplots(len(_PANELS), sharex=True), _PANELS, strict=True):
         for name, records in runs.items():
-            line = axes.plot([r["iteration"] for r in records], [r[key] for r in records], label=name)[0]
-            valid = [(r["iteration"], r["valid_loss"]) for r in records if "valid_loss" in r]
+            line = axes.plot([r["iteration"] for r in records], [_number(r[key]) for r in records], label=name)[0]
+            valid = [(r["iteration"], _number(r["valid_loss"])) for r in records if "valid_loss" in r]
             if key == "lm_loss" and valid:
                 axes.plot(*zip(*valid, strict=True), "o", color=line.get_color(), label=f"{name}, validation")
         for mark in marks:
@@ -33,6 +33,11 @@ def draw(runs: dict[str, list[dict[str, Any]]], output: str, marks: list[int]) -
             axes.legend()
     axes.set_xlabel("iteration")
     figure.savefig(output, dpi=120)
+
+
+def _number(value: float | None) -> float:
+    """Of a record, whose null is a gap in a curve."""
+    return float("nan") if value is None else value
 
 
 def build_parser() -> Parser:
