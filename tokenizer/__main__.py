@@ -17,8 +17,9 @@ from tokenizer import audit_report, compare_report, merge_report
 from tokenizer.audit import audit
 from tokenizer.clean import STEPS, merge_clean
 from tokenizer.compare import compare
+from tokenizer.documents import Tally, read_lines, reading
 from tokenizer.errors import TokenizerError
-from tokenizer.files import check_outputs, read_lines, read_model, reading, refuse_existing, write_files
+from tokenizer.files import check_outputs, read_model, refuse_existing, write_files
 from tokenizer.huggingface import HUGGINGFACE_FILES, huggingface_files
 from tokenizer.load import open_tokenizer
 from tokenizer.merge import MODES, PAD, merge_chinese_llama
@@ -110,6 +111,7 @@ def run_train(args: argparse.Namespace) -> int:
     if args.output.suffix != ".model":
         raise TokenizerError(f"--output {args.output}: the name must end in .model")
     check_outputs({"--output": args.output}, args.overwrite)
+    tally = Tally()
     content = train(
         args.input,
         args.vocab_size,
@@ -118,10 +120,11 @@ def run_train(args: argparse.Namespace) -> int:
         hard_vocab_limit=args.hard_vocab_limit,
         json_key=args.json_key,
         quiet=args.quiet,
+        tally=tally,
     )
     pieces = sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size()
     write_files("--output", {args.output: content})
-    print(f"{args.output}: {args.model_type} model of {pieces:,} pieces")
+    print(f"{args.output}: {args.model_type} model of {pieces:,} pieces; {tally.as_text()}")
     return 0
 
 
@@ -137,9 +140,13 @@ def run_merge(args: argparse.Namespace) -> int:
     refuse_existing("--output", [args.output / name for name in names], args.overwrite)
     base, extra = read_model("--base", args.base), read_model("--extra", args.extra)
 
+    tally = Tally()
+
     def corpus() -> Iterator[str]:
+        nonlocal tally
+        tally = Tally()  # it is read several times
         with reading("--corpus", args.corpus, args.quiet) as bar:
-            yield from read_lines(args.corpus, args.json_key or "text", bar.update, "--corpus")
+            yield from read_lines(args.corpus, args.json_key or "text", bar.update, "--corpus", tally)
 
     given = corpus if args.corpus else None
     if args.mode == "clean":
@@ -162,20 +169,23 @@ def run_merge(args: argparse.Namespace) -> int:
     except OSError as error:
         raise TokenizerError(f"--output {args.output}: cannot make this directory: {error.strerror}") from None
     write_files("--output", {args.output / name: content for name, content in contents.items()})
-    print(f"{args.output}: {merge_report.as_line(record)}")
+    print(f"{args.output}: {merge_report.as_line(record)}" + (f"; corpus: {tally.as_text()}" if args.corpus else ""))
     return 0
 
 
 def run_audit(args: argparse.Namespace) -> int:
     """Print and write what is wrong with a tokenizer; gives the exit code."""
     outputs = _outputs(args)
-    result = audit(args.tokenizer, args.base, args.input, args.json_key or "text", args.quiet)
+    tally = Tally()
+    result = audit(args.tokenizer, args.base, args.input, args.json_key or "text", args.quiet, tally)
     contents = {
         "--json": lambda: _json(audit_report.as_json(result)),
         "--markdown": lambda: audit_report.as_markdown(result).encode(),
     }
     write_files(", ".join(outputs), {path: contents[flag]() for flag, path in outputs.items()})
     print(audit_report.as_text(result))
+    if args.input:
+        print(tally.as_text())
     return 1 if args.strict and result.has_warnings else 0
 
 
@@ -188,7 +198,8 @@ def run_compare(args: argparse.Namespace) -> int:
             raise TokenizerError(f"--picture {args.picture}: the name must end in .png or .svg")
         require_matplotlib()
     tokenizers = [open_tokenizer("--tokenizer", path) for path in args.tokenizer]
-    records = compare(tokenizers, args.input, args.json_key or "text", args.quiet)
+    tally = Tally()
+    records = compare(tokenizers, args.input, args.json_key or "text", args.quiet, tally)
     contents = {
         "--json": lambda: _json(records),
         "--markdown": lambda: compare_report.as_markdown(records).encode(),
@@ -196,6 +207,7 @@ def run_compare(args: argparse.Namespace) -> int:
     }
     write_files(", ".join(outputs), {path: contents[flag]() for flag, path in outputs.items()})
     print(compare_report.as_text(records))
+    print(tally.as_text())
     return 0
 
 

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from tokenizer.audit_pieces import check_coverage, check_dead, check_duplicates, check_lost, dead_pieces
 from tokenizer.audit_special import check_special_tokens
 from tokenizer.audit_text import LineCheck, TokenRate, byte_rate, changed_lines, disagreement, round_trip, unknown_rate
+from tokenizer.documents import Tally, read_lines, reading
 from tokenizer.errors import TokenizerError
-from tokenizer.files import read_lines, read_model, reading
+from tokenizer.files import read_model
 from tokenizer.finding import Finding, skipped
 from tokenizer.interface import Tokenizer
 from tokenizer.load import find, open_tokenizer, read_bytes
@@ -57,7 +58,14 @@ class _Subject:
     no_proto: str = ""
 
 
-def audit(name: Path, base: Path | None, inputs: Sequence[Path], key: str, quiet: bool = False) -> Audit:
+def audit(
+    name: Path,
+    base: Path | None,
+    inputs: Sequence[Path],
+    key: str,
+    quiet: bool = False,
+    tally: Tally | None = None,
+) -> Audit:
     """Run all checks that apply.
 
     Args:
@@ -66,6 +74,7 @@ def audit(name: Path, base: Path | None, inputs: Sequence[Path], key: str, quiet
         inputs: texts, as `read_documents` takes them; may be none.
         key: of the text in a JSON line.
         quiet: no progress bars.
+        tally: counts what was read.
 
     Raises:
         TokenizerError: something cannot be read, or `inputs` hold no text.
@@ -78,7 +87,7 @@ def audit(name: Path, base: Path | None, inputs: Sequence[Path], key: str, quiet
             raise
         return Audit({"tokenizer": str(name)}, (double, skipped("all other checks", str(error))))
     extended = _open("--base", base) if base else None
-    findings = (double, *_on_pieces(subject, extended), *_on_text(subject, extended, inputs, key, quiet))
+    findings = (double, *_on_pieces(subject, extended), *_on_text(subject, extended, inputs, key, quiet, tally))
     tokenizer = subject.tokenizer
     facts = {
         "tokenizer": str(tokenizer.path),
@@ -125,7 +134,12 @@ def _on_pieces(subject: _Subject, base: _Subject | None) -> Iterator[Finding]:
 
 
 def _on_text(
-    subject: _Subject, base: _Subject | None, inputs: Sequence[Path], key: str, quiet: bool
+    subject: _Subject,
+    base: _Subject | None,
+    inputs: Sequence[Path],
+    key: str,
+    quiet: bool,
+    tally: Tally | None,
 ) -> Iterator[Finding]:
     """The checks on text. That of slow and fast tokenizer begins with the text of each piece."""
     tokenizer = subject.tokenizer
@@ -134,7 +148,7 @@ def _on_text(
     both = _slow_and_fast(tokenizer, quiet)
     lines = 0
     with reading("--input", inputs, quiet or not inputs) as bar:
-        for line in read_lines(inputs, key, bar.update):
+        for line in read_lines(inputs, key, bar.update, tally=tally):
             lines += 1
             ids = tokenizer.encode(line)
             for check in (*checks, both) if both else checks:

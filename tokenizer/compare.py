@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenizer.characters import chinese_runs
+from tokenizer.documents import Tally, read_lines, reading
 from tokenizer.errors import TokenizerError
-from tokenizer.files import read_lines, reading
 from tokenizer.interface import Tokenizer
 
 LINES, RUNS = "whole lines", "runs of Chinese"
@@ -26,7 +26,11 @@ class _Count:
 
 
 def compare(
-    tokenizers: Sequence[Tokenizer], inputs: Sequence[Path], key: str, quiet: bool = False
+    tokenizers: Sequence[Tokenizer],
+    inputs: Sequence[Path],
+    key: str,
+    quiet: bool = False,
+    tally: Tally | None = None,
 ) -> list[dict[str, Any]]:
     """Encode texts with every tokenizer, as whole lines and as runs of Han and CJK punctuation alone.
 
@@ -37,6 +41,7 @@ def compare(
         inputs: texts, as `read_documents` takes them; cut into lines.
         key: of the text in a JSON line.
         quiet: no progress bar.
+        tally: counts what was read.
 
     Returns:
         A record for each part (`LINES`, `RUNS`), input (and `TOTAL`, where there are several) and tokenizer, in this
@@ -52,7 +57,7 @@ def compare(
     with reading("--input", inputs, quiet) as bar:
         for path in inputs:
             counts.append({part: _empty(tokenizers) for part in (LINES, RUNS)})
-            for line in read_lines([path], key, bar.update):
+            for line in read_lines([path], key, bar.update, tally=tally):
                 _add(counts[-1][LINES], line, tokenizers)
                 for run in chinese_runs(line):
                     _add(counts[-1][RUNS], run, tokenizers)

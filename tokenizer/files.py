@@ -1,15 +1,11 @@
-"""Reading text and models, and writing results that are complete or absent."""
+"""Reading models, and writing results that are complete or absent."""
 
-import io
-import json
 import os
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
-from tqdm import tqdm
 
 from tokenizer.errors import TokenizerError
 from tokenizer.load import find, read_bytes
@@ -36,71 +32,6 @@ def read_model(flag: str, path: Path) -> ModelProto:
     if not proto.HasField("trainer_spec"):  # follows the pieces: a cut between two fields parses well
         raise TokenizerError(f"{flag} {file}: the end of this SentencePiece model is missing; copy it again")
     return proto
-
-
-def reading(flag: str, paths: Sequence[Path], quiet: bool) -> tqdm:
-    """A progress bar over the bytes of `paths`, to be told of each that was read.
-
-    Raises:
-        TokenizerError: one of them is not a file.
-    """
-    missing = next((path for path in paths if not path.is_file()), None)
-    if missing:
-        raise TokenizerError(f"{flag} {missing} is not a file")
-    total = sum(path.stat().st_size for path in paths)
-    return tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=quiet, file=sys.stderr)
-
-
-def read_lines(
-    paths: Sequence[Path], key: str, advance: Callable[[int], object], flag: str = "--input"
-) -> Iterator[str]:
-    """The lines of `read_documents` that are not blank, without their line ends; arguments as there."""
-    for document in read_documents(paths, key, advance, flag):
-        for line in io.StringIO(document, newline=None):
-            if not line.isspace():
-                yield line.rstrip("\n")
-
-
-def read_documents(
-    paths: Sequence[Path], key: str, advance: Callable[[int], object], flag: str = "--input"
-) -> Iterator[str]:
-    """The documents of JSON lines files (`.jsonl`, `.json`) and the lines of any other file.
-
-    Args:
-        paths: files in UTF-8.
-        key: of the text in a JSON line.
-        advance: told how many bytes were read since the last call.
-        flag: that named the files.
-
-    Raises:
-        TokenizerError: a file cannot be read; the message says file:line.
-    """
-    for path in paths:
-        json_lines = path.suffix in (".jsonl", ".json")
-        try:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    advance(len(line))
-                    yield _text(line, f"{flag} {path}:{number}", key) if json_lines else line.decode("utf-8-sig")
-        except OSError as error:
-            raise TokenizerError(f"{flag} {path}: cannot read it: {error.strerror}") from None
-        except UnicodeError:
-            raise TokenizerError(f"{flag} {path}:{number}: not valid UTF-8") from None
-
-
-def _text(line: bytes, where: str, key: str) -> str:
-    if not line.strip():
-        return ""
-    try:
-        record = json.loads(line)
-    except UnicodeError:
-        raise
-    except ValueError as error:
-        raise TokenizerError(f"{where}: not JSON: {error}") from None
-    if not isinstance(record, dict) or not isinstance(record.get(key), str):
-        raise TokenizerError(f"{where}: no text under the key {key!r}; name another with --json-key")
-    record[key].encode()  # refuses the lone surrogates that JSON lets through
-    return record[key]
 
 
 def refuse_existing(flag: str, paths: Sequence[Path], overwrite: bool) -> None:

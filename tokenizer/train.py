@@ -8,12 +8,14 @@ from pathlib import Path
 import sentencepiece
 from tqdm import tqdm
 
+from tokenizer.documents import Tally, read_lines, reading
 from tokenizer.errors import TokenizerError
-from tokenizer.files import read_lines, reading
 
 # The trainer keeps positions within a sentence in 16 bits and leaves out, silently, what is longer than
 # max_sentence_length: long lines are cut instead.
 _LONGEST = 4096
+# It leaves out every line with the first of these characters, which it uses itself, and has no piece for the second.
+_RESERVED = re.compile("[\u2585\x00]")
 
 
 def train(
@@ -25,6 +27,7 @@ def train(
     hard_vocab_limit: bool = True,
     json_key: str = "text",
     quiet: bool = False,
+    tally: Tally | None = None,
 ) -> bytes:
     """Train a model and return it serialized.
 
@@ -39,6 +42,7 @@ def train(
         hard_vocab_limit: refuse when the corpus does not yield `vocab_size` pieces (else: make fewer).
         json_key: of the text in a JSON line.
         quiet: no progress and no log of the trainer.
+        tally: counts what was read, and what was left out.
 
     Raises:
         TokenizerError: the corpus is empty or unreadable, or too small or too varied for `vocab_size`.
@@ -50,7 +54,7 @@ def train(
     with reading("--input", inputs, quiet) as bar:
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_sentences(inputs, json_key, bar, failure),
+                sentence_iterator=_sentences(inputs, json_key, bar, failure, tally or Tally()),
                 model_writer=model,
                 vocab_size=vocab_size,
                 model_type=model_type,
@@ -75,12 +79,17 @@ def train(
     return model.getvalue()
 
 
-def _sentences(inputs: Sequence[Path], key: str, bar: tqdm, failure: list[TokenizerError]) -> Iterator[str]:
+def _sentences(
+    inputs: Sequence[Path], key: str, bar: tqdm, failure: list[TokenizerError], tally: Tally
+) -> Iterator[str]:
     # An exception cannot pass through the C++ trainer unharmed: keep it, and end the text.
     try:
-        for line in read_lines(inputs, key, bar.update):
-            for start in range(0, len(line), _LONGEST):
-                yield line[start : start + _LONGEST]
+        for line in read_lines(inputs, key, bar.update, tally=tally):
+            parts = _RESERVED.split(line)
+            tally.reserved += len(parts) - 1
+            for part in parts:
+                for start in range(0, len(part), _LONGEST):
+                    yield part[start : start + _LONGEST]
         bar.close()  # what the trainer logs from here on should not fight with the bar
     except TokenizerError as error:
         failure.append(error)

@@ -3,15 +3,17 @@
     python -m tools.preprocess_data --input corpus.jsonl --tokenizer-model tokenizer.model \\
         --output-prefix data/corpus --append-eod
 
-Input is JSON lines (`.jsonl`, `.json`, and `-` for standard input: the text under --json-keys) or plain text (any
-other name: the file is one document); each also with `.gz` or `.zst` behind. A document stays whole. Beside the
-dataset lies PREFIX.json, which says how it was made; training checks its flags against it.
+Input is JSON lines (`.jsonl`, `.json`, any other name whose content is that, and `-` for standard input: the text under
+--json-keys) or plain text (the file is one document); each also compressed by gzip, Zstandard, bzip2 or xz. A document
+stays whole; what of a text is left out is counted. Beside the dataset lies PREFIX.json, which says how it was made;
+training checks its flags against it.
 """
 
 import argparse
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from megatron_ext.errors import RequestError
 from tokenizer.record import record_of
 from tools.command import Parser, run_to_write
 from tools.preprocessing.documents import read_chunks, size_on_disk
-from tools.preprocessing.encode import Recipe, encode_all, open_encoder
+from tools.preprocessing.encode import SKIPPED, Recipe, encode_all, open_encoder
 from tools.preprocessing.writer import SUFFIXES, DatasetWriter
 
 
@@ -83,7 +85,8 @@ def preprocess(args: argparse.Namespace) -> str:
     recipe = Recipe(str(encoder.path), tuple(args.json_keys), args.prepend_bos, args.append_eod)
 
     start = time.monotonic()
-    tokens, max_id, text_bytes, empty = 0, -1, 0, 0
+    tokens, max_id = 0, -1
+    counts: Counter[str] = Counter()
     interval = 0.2 if sys.stderr.isatty() else 10.0
     with (
         DatasetWriter(args.output_prefix, encoder.dtype, args.overwrite) as writer,
@@ -96,19 +99,17 @@ def preprocess(args: argparse.Namespace) -> str:
                 writer.add(encoded.tokens, encoded.lengths)
                 tokens += len(encoded.tokens) // encoder.dtype.itemsize
                 max_id = max(max_id, encoded.max_id)
-                text_bytes += encoded.text_bytes
-                empty += encoded.empty
+                counts += encoded.counts
                 bar.update(encoded.consumed)
                 bar.set_postfix(documents=len(writer.lengths), refresh=False)
             if not writer.lengths:
-                raise RequestError(f"--input {' '.join(args.input)}: no documents ({empty} empty ones)")
+                raise RequestError(f"--input {' '.join(args.input)}: no documents with text ({_left_out(counts)})")
             documents = len(writer.lengths)
             writer.finish(
                 {
                     "documents": documents,
                     "tokens": tokens,
-                    "empty_documents_skipped": empty,
-                    "text_bytes": text_bytes,
+                    **{name: counts[name] for name in (*SKIPPED, "text_bytes")},
                     "dtype": encoder.dtype.name,
                     "max_token_id": max_id,
                     "vocab_size": encoder.vocab_size,
@@ -122,11 +123,17 @@ def preprocess(args: argparse.Namespace) -> str:
             )
         except OSError as error:
             raise RequestError(f"--output-prefix {args.output_prefix}: {error.strerror or error}") from None
-    seconds = time.monotonic() - start
+    seconds, megabytes = time.monotonic() - start, counts["text_bytes"] / 1e6
     return (
-        f"{args.output_prefix}: {documents:,} documents ({empty:,} empty skipped), {tokens:,} tokens, "
-        f"{text_bytes / 1e6:.2f} MB of text in {seconds:.1f} s ({text_bytes / 1e6 / seconds:.2f} MB/s)"
+        f"{args.output_prefix}: {documents:,} documents ({_left_out(counts)}), {tokens:,} tokens, "
+        f"{megabytes:.2f} MB of text in {seconds:.1f} s ({megabytes / seconds:.2f} MB/s)"
     )
+
+
+def _left_out(counts: Counter[str]) -> str:
+    """Empty documents in any case, and whatever else there was."""
+    always = next(iter(SKIPPED))
+    return ", ".join(f"{counts[name]:,} {said}" for name, said in SKIPPED.items() if counts[name] or name == always)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from tokenizer.files import read_documents
+from tokenizer.documents import read_documents
 
 _HELD_OUT_EVERY = 10
 
@@ -27,7 +27,7 @@ def read_text(files: list[Path]) -> Text:
     """Every tenth document of every file is held out."""
     text = Text([], [])
     for file in files:
-        documents = [d for d in read_documents([file], "text", lambda _: None) if d.strip()]
+        documents = list(read_documents([file], "text", lambda _: None))
         text.held_out.append(documents[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY])
         text.train.append([d for i, d in enumerate(documents) if i % _HELD_OUT_EVERY != _HELD_OUT_EVERY - 1])
     return text

@@ -116,7 +116,7 @@ def test_empty_documents_are_counted_and_keys_joined(
     source = tmp_path / "a.jsonl"
     source.write_text('{"t": "", "b": " "}\n\n{"t": "题目", "b": "正文"}\n', "utf-8")
     assert run(model, tmp_path / "out", source, flags=("--json-keys", "t", "b", "--workers", "1")) == 0
-    assert "1 documents (1 empty skipped)" in capsys.readouterr().out
+    assert "1 documents (1 empty skipped, 1 blank lines skipped)" in capsys.readouterr().out
     encode = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode
     assert read_back(tmp_path / "out") == [encode("题目\n正文")]
 
@@ -139,14 +139,14 @@ def test_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
     "name, content, message",
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl:2: not JSON"),
-        ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', "a.jsonl:2: key 'text' is missing"),
-        ("a.jsonl", b'{"text": 5}\n', "a.jsonl:1: key 'text' is int, not text"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', "a.jsonl:2: no text under the key 'text': it is missing"),
+        ("a.jsonl", b'{"text": 5}\n', "a.jsonl:1: no text under the key 'text': it is int"),
         ("a.jsonl", b"[1]\n", "a.jsonl:1: not a JSON object"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: not valid UTF-8"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1: not valid UTF-8"),
         ("a.txt", b"\xff\xfe\xff", "a.txt: not valid UTF-8"),
         ("a.jsonl", b"", "no documents"),
-        ("a.jsonl", b'{"text": ""}\n', "no documents (1 empty ones)"),
+        ("a.jsonl", b'{"text": ""}\n', "no documents with text (1 empty skipped)"),
         ("a.jsonl.gz", b"not gzip", "cannot decompress"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-12], "cannot decompress"),
         ("a.jsonl.zst", b"not zstandard", "cannot decompress"),

@@ -1,12 +1,11 @@
 """Text to token ids: the tokenizer, one chunk, and many chunks in several processes."""
 
 import array
-import json
 import multiprocessing
 import os
 import queue
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,18 @@ from megatron_ext.errors import RequestError
 from tokenizer.errors import TokenizerError
 from tokenizer.interface import Tokenizer
 from tokenizer.load import open_tokenizer
+from tokenizer.losses import Losses
+from tokenizer.text_file import decode, json_text
 from tools.preprocessing.documents import Chunk
 
+# what of a text does not come into a dataset, as the sidecar names it -> as the last line says it
+SKIPPED = {
+    "empty_documents_skipped": "empty skipped",
+    "documents_without_tokens_skipped": "without tokens skipped",
+    "blank_lines_skipped": "blank lines skipped",
+    "unknown_characters": "characters unknown to the tokenizer",
+    "removed_characters": "characters removed by its normalization",
+}
 _IN_FLIGHT = 2  # chunks that wait at each worker: enough to keep it busy, few enough to bound the memory
 
 
@@ -49,16 +58,14 @@ class Encoded:
         tokens: all ids one after the other, as bytes of `Encoder.dtype`.
         lengths: int32, tokens of each document that was kept.
         max_id: largest id, -1 when nothing was kept.
-        text_bytes: of UTF-8 text in the kept documents.
-        empty: documents without text.
+        counts: `text_bytes` of UTF-8 in the kept documents, and the `SKIPPED`.
         consumed: as `Chunk.consumed`.
     """
 
     tokens: bytes
     lengths: array.array
     max_id: int
-    text_bytes: int
-    empty: int
+    counts: Counter[str]
     consumed: int
 
 
@@ -74,51 +81,48 @@ def open_encoder(name: str) -> Encoder:
         raise RequestError(str(error)) from None
 
 
-def encode_chunk(chunk: Chunk, encoder: Encoder, recipe: Recipe) -> Encoded:
-    """Encode the documents of a chunk; each is kept whole.
+def encode_chunk(chunk: Chunk, encoder: Encoder, losses: Losses, recipe: Recipe) -> Encoded:
+    """Encode the documents of a chunk; each is kept whole. losses: of the encoder, kept from chunk to chunk.
 
     Raises:
         RequestError: a document cannot be decoded; the message says file:line.
     """
-    tokens, lengths, max_id, text_bytes, empty = [], array.array("i"), -1, 0, 0
+    tokens, lengths, max_id = [], array.array("i"), -1
+    counts: Counter[str] = Counter()
     before = [encoder.bos_id] if recipe.prepend_bos else []
     after = [encoder.eos_id] if recipe.append_eod else []
     for line, document in enumerate(chunk.documents, start=chunk.first):
         if chunk.json_lines and not document.strip():
+            counts["blank_lines_skipped"] += 1
             continue  # a blank line between two JSON lines is no document
         where = f"{chunk.name}:{line}" if chunk.json_lines else chunk.name
         try:
-            text = _json_text(document, where, recipe.json_keys) if chunk.json_lines else document.decode("utf-8-sig")
-            size = len(text.encode())  # also refuses the lone surrogates that JSON lets through
-        except UnicodeError as error:
-            raise RequestError(f"{where}: not valid UTF-8: {error.reason}") from None  # type: ignore[attr-defined]
+            named = f"--input {where}"
+            text = (
+                json_text(document, named, recipe.json_keys, "--json-keys")
+                if chunk.json_lines
+                else decode(document, named)
+            )
+        except TokenizerError as error:
+            raise RequestError(str(error)) from None
         if not text.strip():
-            empty += 1
+            counts["empty_documents_skipped"] += 1
             continue
-        ids = np.array([*before, *encoder.encode(text), *after], dtype=encoder.dtype)
+        unknown, removed = losses.count(text)
+        counts["unknown_characters"] += unknown
+        counts["removed_characters"] += removed
+        encoded = encoder.encode(text)
+        if not encoded:
+            counts["documents_without_tokens_skipped"] += 1
+            continue
+        ids = np.array([*before, *encoded, *after], dtype=encoder.dtype)
         if len(ids) >= 2**31:
             raise RequestError(f"{where}: a document of {len(ids)} tokens; the format's limit is 2**31 - 1")
         tokens.append(ids.tobytes())
         lengths.append(len(ids))
         max_id = max(max_id, int(ids.max()))
-        text_bytes += size
-    return Encoded(b"".join(tokens), lengths, max_id, text_bytes, empty, chunk.consumed)
-
-
-def _json_text(line: bytes, where: str, keys: tuple[str, ...]) -> str:
-    try:
-        record = json.loads(line)
-    except UnicodeError:
-        raise
-    except ValueError as error:
-        raise RequestError(f"{where}: not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise RequestError(f"{where}: not a JSON object, but {type(record).__name__}")
-    for key in keys:
-        if not isinstance(record.get(key), str):
-            what = f"is {type(record[key]).__name__}, not text" if key in record else "is missing"
-            raise RequestError(f"{where}: key {key!r} {what}; name another with --json-keys")
-    return "\n".join(record[key] for key in keys)
+        counts["text_bytes"] += len(text.encode())
+    return Encoded(b"".join(tokens), lengths, max_id, counts, chunk.consumed)
 
 
 def encode_all(chunks: Iterator[Chunk], encoder: Encoder, recipe: Recipe, workers: int) -> Iterator[Encoded]:
@@ -128,7 +132,8 @@ def encode_all(chunks: Iterator[Chunk], encoder: Encoder, recipe: Recipe, worker
         RequestError: a document cannot be decoded, or a worker died.
     """
     if workers == 1:
-        yield from (encode_chunk(chunk, encoder, recipe) for chunk in chunks)
+        losses = Losses(encoder)
+        yield from (encode_chunk(chunk, encoder, losses, recipe) for chunk in chunks)
         return
     pool = [_Worker(recipe) for _ in range(workers)]
     try:
@@ -183,12 +188,13 @@ def _work(chunks: Any, answers: Any, recipe: Recipe, parent: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they may reach the whole group; the parent stops us
     encoder = open_encoder(recipe.tokenizer)
+    losses = Losses(encoder)
     while os.getppid() == parent:  # a killed parent cannot stop us: leave with it
         try:
             chunk = chunks.get(timeout=1)
         except queue.Empty:
             continue
         try:
-            answers.put(encode_chunk(chunk, encoder, recipe))
+            answers.put(encode_chunk(chunk, encoder, losses, recipe))
         except RequestError as error:
             answers.put(str(error))
