@@ -51,5 +51,5 @@ def _refuse(message: str) -> int:
 
 if __name__ == "__main__":
     begin_in_utf8()
-    keep_streams_open()
+    keep_streams_open(tell_closed=True)
     sys.exit(main(sys.argv[1:]))

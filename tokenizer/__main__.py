@@ -27,6 +27,7 @@ from tokenizer.picture import draw, require_matplotlib
 from tokenizer.streams import keep_streams_open, output_is_incomplete
 from tokenizer.train import train
 
+_ODD_NAMES = "backslashreplace"  # of files, that are not UTF-8
 _TOKENIZER = "a SentencePiece model, a tokenizer.json, or a directory with one"
 
 
@@ -157,7 +158,10 @@ def run_merge(args: argparse.Namespace) -> int:
     else:
         merged = merge_chinese_llama(base, extra, pad=args.add_pad_token)
     record = merge_report.as_json(merged, base, extra, given)
-    report = {"merge_report.md": merge_report.as_markdown(record).encode(), "merge_report.json": _json(record)}
+    report = {
+        "merge_report.md": merge_report.as_markdown(record).encode(errors=_ODD_NAMES),
+        "merge_report.json": _json(record),
+    }
     # The configuration comes last: only then does the directory look like a tokenizer to transformers.
     model = {"tokenizer.model": merged.proto.SerializeToString()}
     contents = {**report, **model, **huggingface_files(merged.proto, PAD if args.add_pad_token else None)}
@@ -180,7 +184,7 @@ def run_audit(args: argparse.Namespace) -> int:
     result = audit(args.tokenizer, args.base, args.input, args.json_key or "text", args.quiet, tally)
     contents = {
         "--json": lambda: _json(audit_report.as_json(result)),
-        "--markdown": lambda: audit_report.as_markdown(result).encode(),
+        "--markdown": lambda: audit_report.as_markdown(result).encode(errors=_ODD_NAMES),
     }
     write_files(", ".join(outputs), {path: contents[flag]() for flag, path in outputs.items()})
     print(audit_report.as_text(result))
@@ -202,7 +206,7 @@ def run_compare(args: argparse.Namespace) -> int:
     records = compare(tokenizers, args.input, args.json_key or "text", args.quiet, tally)
     contents = {
         "--json": lambda: _json(records),
-        "--markdown": lambda: compare_report.as_markdown(records).encode(),
+        "--markdown": lambda: compare_report.as_markdown(records).encode(errors=_ODD_NAMES),
         "--picture": lambda: draw(records, suffix),
     }
     write_files(", ".join(outputs), {path: contents[flag]() for flag, path in outputs.items()})
@@ -228,7 +232,7 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def _json(value: object) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(value, indent=2, ensure_ascii=False).encode(errors=_ODD_NAMES) + b"\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

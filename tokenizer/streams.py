@@ -26,12 +26,12 @@ def begin_in_utf8() -> None:
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
-def keep_streams_open() -> None:
+def keep_streams_open(*, tell_closed: bool = False) -> None:
     """Make `sys.stdout` and `sys.stderr` lose what cannot be written, where they would raise.
 
-    A pipe that its reader has closed (`| head`), a full disk below a log, a terminal that is gone: the first loss of
-    standard output is told on standard error, and the program goes on. What the encoding lacks appears as \\uXXXX.
-    Streams that a caller has put in place of the process's own stay as they are.
+    A pipe that its reader has closed (`| head`), a full disk below a log, a terminal that is gone: the program goes on.
+    The first loss of standard output is told on standard error, that to a closed pipe only if asked for. What the
+    encoding lacks appears as \\uXXXX. Streams that a caller has put in place of the process's own stay as they are.
     """
     for name, number, title in (("stdout", 1, "standard output"), ("stderr", 2, None)):
         stream = getattr(sys, name)
@@ -42,7 +42,7 @@ def keep_streams_open() -> None:
             continue
         else:
             encoding, by_line = stream.encoding, stream.line_buffering or stream.write_through
-        buffer = io.BufferedWriter(_KeptOpen(number, title))
+        buffer = io.BufferedWriter(_KeptOpen(number, title, tell_closed))
         lasting = io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=by_line)
         setattr(sys, name, lasting)
         setattr(sys, f"__{name}__", lasting)
@@ -63,9 +63,9 @@ def _raw(stream: Any) -> Any:
 class _KeptOpen(io.FileIO):
     """A file descriptor that takes whatever is written. title: of it, said with the first error if there is one."""
 
-    def __init__(self, number: int, title: str | None) -> None:
+    def __init__(self, number: int, title: str | None, tell_closed: bool) -> None:
         super().__init__(number, "wb", closefd=False)
-        self._title = title
+        self._title, self._tell_closed = title, tell_closed
         self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
@@ -80,6 +80,6 @@ class _KeptOpen(io.FileIO):
         except OSError as error:
             if self.failure is None:
                 self.failure = error
-                if self._title is not None:
+                if self._title is not None and (self._tell_closed or error.errno != errno.EPIPE):
                     print(f"{self._title}: {error.strerror}; the program goes on without it", file=sys.stderr)
         return len(view)

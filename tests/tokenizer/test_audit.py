@@ -1,7 +1,6 @@
 """python -m tokenizer audit: every fault is found where there is one, and none where there is none."""
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -262,7 +261,7 @@ def test_a_reader_that_stops_early(made: Path) -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()
-    assert process.wait(20) == -signal.SIGPIPE
+    assert process.wait(60) == 0  # the audit's own code
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published models are not at hand")

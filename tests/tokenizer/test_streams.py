@@ -11,7 +11,7 @@ PROGRAM = """
 import sys
 from tokenizer.streams import begin_in_utf8, keep_streams_open, output_is_incomplete
 begin_in_utf8()
-keep_streams_open()
+keep_streams_open(tell_closed=True)
 for _ in range(20_000):
     print("中文")
     print("中文", file=sys.stderr)

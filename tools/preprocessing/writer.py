@@ -66,7 +66,7 @@ class DatasetWriter:
         """Write the index and `facts` (as JSON), and give the three files their names."""
         _sync(self._bin)
         with self._temporary("json").open("wb") as file:
-            file.write(json.dumps(facts, indent=2, ensure_ascii=False).encode() + b"\n")
+            file.write(json.dumps(facts, indent=2, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
             _sync(file)
         with self._temporary("idx").open("wb") as file:
             self._write_index(file)
