@@ -22,8 +22,8 @@ from megatron_ext.errors import RequestError
 from megatron_ext.mesh import init_distributed
 
 _CLAIM, _REPORT = "failure/claim", "failure/report"  # keys: the rank that failed first; what it reports, once it has
-_LOOK_SECONDS = 0.5
-_GRACE_SECONDS = 20.0
+_LOOK_SECONDS = 1.0
+_GRACE_SECONDS = 10.0
 
 
 @contextlib.contextmanager
@@ -112,7 +112,7 @@ class _Lookout:
     def _end(self, code: int) -> NoReturn:
         """End the process here and now: at the interpreter's end, threads and process groups would be waited for."""
         if self._keeps_store:
-            time.sleep(4 * _LOOK_SECONDS)  # the others are still to read it
+            time.sleep(3 * _LOOK_SECONDS)  # the others are still to read it
         os._exit(code)
 
 

@@ -1,12 +1,14 @@
 """The predicted order of forward and backward passes against the order in which a running pipeline makes them."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from megatron_ext.engine import Engine, EngineConfig
 from megatron_ext.mesh import build_grid
-from megatron_ext.pipeline import SCHEDULES, StageLayout
-from megatron_ext.pipeline.actions import Action, action_lists
+from megatron_ext.pipeline import SCHEDULES, PipelineConfig, StageLayout, plan_stages
+from megatron_ext.pipeline.actions import Action, action_lists, forward_lists
 from tests.distributed import Pool
 from tests.megatron_ext.recording import recorded_actions
 from tests.megatron_ext.training import LR, global_batch, share, tiny
@@ -46,6 +48,36 @@ def test_as_it_runs(pool: Pool, schedule: str, pp: int, per_rank: int | None, mi
     ranks = pool.run(recorded, pp, config)
     (layout,) = {layout for layout, _ in ranks}
     assert action_lists(layout, microbatches) == tuple(tuple(actions) for _, actions in ranks)
+
+
+@pytest.mark.parametrize(
+    "schedule, pp, per_rank, microbatches", [*CASES, ("interleaved", 8, 3, 16), ("zbv", 8, None, 40)]
+)
+def test_forward_passes_do_not_wait_in_a_circle(
+    schedule: str, pp: int, per_rank: int | None, microbatches: int
+) -> None:
+    """Even where a rank stands still at every send until its receive is reached, and at every receive for its send."""
+    config = PipelineConfig(schedule, per_rank)
+    layout = plan_stages(config, dataclasses.replace(tiny().model, num_layers=24), pp, microbatches)
+    ahead = [list(actions) for actions in forward_lists(layout, microbatches)]
+    forward = [[action for action in actions if action.kind == "F"] for actions in action_lists(layout, microbatches)]
+    assert [[action for action in actions if action.kind == "F"] for actions in ahead] == forward
+    there = {(0, i) for i in range(microbatches)}
+    moved = True
+    while moved:
+        moved = False
+        for rank, actions in enumerate(ahead):
+            kind, stage, i = actions[0] if actions else ("", 0, 0)
+            if kind == "F" and (stage, i) in there:
+                if stage + 1 < len(layout.stages) and layout.rank_of[stage + 1] == rank:
+                    there.add((stage + 1, i))
+            elif kind == "S" and ahead[layout.rank_of[stage + 1]][0] == Action("R", stage + 1, i):
+                there.add(tuple(ahead[layout.rank_of[stage + 1]].pop(0)[1:]))
+            else:
+                continue
+            actions.pop(0)
+            moved = True
+    assert not any(ahead)
 
 
 def test_one_stage() -> None:
