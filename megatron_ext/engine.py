@@ -110,6 +110,11 @@ class EngineConfig:
             refuse_unused(self.lora, tuple(f.name for f in dataclasses.fields(self.lora)), "--train-only lora")
         else:
             self.adapters.validate()
+            if self.adapters.lora_rank > self.model.hidden_size:
+                raise RequestError(
+                    f"--lora-rank {self.adapters.lora_rank}: must be at most --hidden-size {self.model.hidden_size}, "
+                    "the rank of what it adapts"
+                )
         self.trainable.validate(self.model.vocab_size, self.model.tied, parameter_shapes(self.model, self.adapters))
 
     def _validate_deepspeed(self, dp: int, schedule: str) -> None:

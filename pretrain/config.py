@@ -55,6 +55,8 @@ class LoggingConfig:
     )
 
     def validate(self) -> None:
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise RequestError(f"--peak-tflops {self.peak_tflops}: must be above 0")
         if self.log_interval < 1:
             raise RequestError(f"--log-interval {self.log_interval}: must be at least 1")
         if self.wandb_project is None and (self.wandb_exp_name or self.wandb_save_dir):

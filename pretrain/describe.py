@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import yaml
+
 from megatron_ext.checkpoint import Manifest, differences, model_of
 from megatron_ext.engine import EngineConfig
 from megatron_ext.mesh import ProcessGrid
@@ -10,6 +12,12 @@ from megatron_ext.optim.trainable import describe as describe_selections
 from megatron_ext.optim.trainable import select
 from pretrain.checkpoints import Start
 from pretrain.config import RunConfig
+
+_TRAINING = ("batch", "precision", "optimizer", "lora", "data", "training")
+_SCHEDULE = {"lr", "min_lr", "train_iters", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters", "lr_warmup_init"} | {
+    "lr_wsd_decay_style",
+    "lr_wsd_decay_iters",
+}
 
 
 def describe(config: EngineConfig, grid: ProcessGrid) -> list[str]:
@@ -27,8 +35,11 @@ def describe(config: EngineConfig, grid: ProcessGrid) -> list[str]:
     ]
 
 
-def describe_start(config: RunConfig, start: Start, manifest: Manifest) -> list[str]:
-    """How the run's checkpoint was found, which model it is of, and what of it goes on. manifest: the checkpoint's."""
+def describe_start(config: RunConfig, start: Start, manifest: Manifest, resolved: str) -> list[str]:
+    """How the run's checkpoint was found, which model it is of, and what goes on otherwise than it was.
+
+    manifest: the checkpoint's. resolved: the run's configuration as YAML.
+    """
     options, stored = config.checkpoint, model_of(manifest)[0]
     model = dataclasses.asdict(config.model)
     told = ", ".join(
@@ -41,6 +52,50 @@ def describe_start(config: RunConfig, start: Start, manifest: Manifest) -> list[
         lines.append(f"{name} {model[name]} and not {getattr(stored, name)}, by --override-checkpoint-args")
     if options.embedding_init is not None and start.weights_only:
         lines.append(f"new rows of the vocabulary beside those of {start.checkpoint}: {options.embedding_init}")
+    if not start.weights_only:
+        lines += _changes(config, start, resolved)
     if not start.weights_only and manifest.iteration:
         lines.append(f"continuing from iteration {manifest.iteration} of {options.load}")
     return lines
+
+
+def describe_limits(config: RunConfig, valid_samples: int) -> list[str]:
+    """What was asked for and will not come to pass, or more than once. valid_samples: in the validation split."""
+    training, lines = config.training, []
+    intervals = {
+        "eval_interval": (training.eval_interval, "no evaluation"),
+        "exit_interval": (training.exit_interval, "it ends at its end"),
+        "save_interval": (config.checkpoint.save_interval, "it saves at its end alone"),
+    }
+    assert training.train_iters is not None
+    for name, (interval, instead) in intervals.items():
+        if interval is not None and interval > training.train_iters:
+            flag = f"--{name.replace('_', '-')} {interval}"
+            lines.append(f"{flag} is beyond the run's --train-iters {training.train_iters}: {instead}")
+    assert config.batch.global_batch_size is not None
+    needed = training.eval_iters * config.batch.global_batch_size
+    if training.eval_interval is not None and needed > valid_samples:
+        lines.append(
+            f"--eval-iters {training.eval_iters}: an evaluation of {needed:,} samples goes over the validation split's "
+            f"{valid_samples:,} more than once"
+        )
+    return lines
+
+
+def _changes(config: RunConfig, start: Start, resolved: str) -> list[str]:
+    """Flags that say how training goes and that the run which wrote the checkpoint had otherwise, if it is known."""
+    assert start.checkpoint is not None
+    try:
+        before = yaml.safe_load((start.checkpoint / "run.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):  # none, of a conversion, or no YAML any more
+        return []
+    if not isinstance(before, dict):
+        return []
+    now = yaml.safe_load(resolved)
+    fields = [field.name for group in _TRAINING for field in dataclasses.fields(getattr(config, group))]
+    names = [name for name in fields if name in before and before[name] != now[name]]
+    if not names:
+        return []
+    changed = ", ".join(f"{name} {now[name]} (was {before[name]})" for name in names)
+    rate = "; the learning rate is the new schedule's from here on"
+    return [f"changed since the checkpoint: {changed}{rate if _SCHEDULE & set(names) else ''}"]

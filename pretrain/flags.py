@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Collection, Sequence
@@ -25,6 +26,9 @@ from pretrain.checkpoints import CheckpointConfig
 from pretrain.config import RunConfig
 from pretrain.data.tokenizer_file import read_tokenizer
 from pretrain.megatron_flags import ADVICE
+
+_LARGEST = 2**32 - 1  # of a whole number: the largest --seed
+_LONGEST_NAME = 255  # bytes, on every file system in use
 
 
 def _groups() -> dict[str, type]:
@@ -73,9 +77,24 @@ class Flag:
         except (TypeError, ValueError, OverflowError):
             expected = {int: "a whole number", float: "a number"}.get(self.kind, "a text")
             raise RequestError(f"{self.spelled} {value}: must be {expected}") from None
+        if isinstance(result, int) and abs(result) > _LARGEST:
+            raise RequestError(f"{self.spelled} {value}: must be at most {_LARGEST}")
+        if isinstance(result, str):
+            self._check_text(result)
         if self.choices is not None and result not in self.choices:
             raise RequestError(f"{self.spelled} {value}: must be one of {', '.join(map(str, self.choices))}")
         return result
+
+    def _check_text(self, text: str) -> None:
+        if not text.strip():
+            raise RequestError(f"{self.spelled}: its value is empty")
+        if _is_no_name(text):
+            raise RequestError(f"{self.spelled} {text[:80]!r}...: no file can have this name, it is too long")
+
+
+def _is_no_name(text: str) -> bool:
+    """Whether no file system could have a file of this name, or list of names."""
+    return "\0" in text or any(len(part.encode()) > _LONGEST_NAME for part in re.split("[/,]", text))
 
 
 def _read_switch(spelled: str, value: Any) -> bool:

@@ -15,7 +15,8 @@ from megatron_ext.optim import learning_rate
 from pretrain.checkpoints import Start, beginning
 from pretrain.config import RunConfig
 from pretrain.data import build_data
-from pretrain.describe import describe, describe_start
+from pretrain.data.place import order_of, place_of
+from pretrain.describe import describe, describe_limits, describe_start
 from pretrain.flags import to_yaml
 from pretrain.logs import open_logs
 from pretrain.memory import memory_figures, memory_table
@@ -56,6 +57,7 @@ class Trainer:
         continued = None if start.weights_only else self.loaded
         self.iteration = self.started_at = 0 if continued is None else continued.iteration
         self.consumed_samples = 0 if continued is None else continued.consumed_samples
+        self.consumed_tokens = 0 if continued is None else continued.consumed_tokens
         self.data = build_data(
             config.data,
             seq_length=batch.seq_length,
@@ -66,6 +68,7 @@ class Trainer:
             micro_batch_size=batch.micro_batch_size,
             global_batch_size=self.batch_size,
         )
+        self.position, self.place = (0, "") if continued is None else place_of(continued, self.data)
         self.resolved = to_yaml(dataclasses.replace(config, batch=batch, checkpoint=config.checkpoint.as_begun()))
         save, in_background = config.checkpoint.save, config.checkpoint.async_save
         self.writer = CheckpointWriter(save, self.engine, in_background, lock) if save is not None else None
@@ -100,16 +103,21 @@ class Trainer:
             self.console.say(f" {line}")
         if self.config.precision.fp16:
             self.console.say(f" {self.engine.loss_scaler.describe()}")
+        valid = sum(corpus.samples("valid", self.config.batch.seq_length) for corpus in self.data.corpora)
+        for line in describe_limits(dataclasses.replace(self.config, batch=self.engine.config.batch), valid):
+            self.console.say(f" {line}")
         if self.loaded is not None:
-            for line in describe_start(self.config, self.start, self.loaded):
+            for line in describe_start(self.config, self.start, self.loaded, self.resolved):
                 self.console.say(f" {line}")
+        if self.place:
+            self.console.say(f" {self.place}")
 
     def train(self, stop: StopRequest) -> None:
         """Step until the last iteration, an exit interval, or a wish to stop."""
         if self.iteration >= self.train_iters:
             self._say(f" nothing to do: iteration {self.iteration} of {self.train_iters} is already reached")
             return
-        batches = self.data.train_batches(self.consumed_samples)
+        batches = self.data.train_batches(self.position)
         self.results.restart()
         while self.iteration < self.train_iters:
             rate = learning_rate(self.config.optimizer, self.iteration, self.train_iters)
@@ -118,6 +126,8 @@ class Trainer:
             figures = self.engine.train_step(batch, rate, stop=bool(stop), measure=self.config.logging.report_memory)
             self.iteration += 1
             self.consumed_samples += self.batch_size
+            self.consumed_tokens += self.batch_size * self.config.batch.seq_length
+            self.position += self.batch_size
             self.results.put(self.iteration, rate, figures, scale)
             evaluate = self._due(self.config.training.eval_interval)
             stopping = self._settle(keep=0 if evaluate else 1, evaluate=evaluate)
@@ -186,7 +196,7 @@ class Trainer:
         manifest = Manifest(
             iteration=self.iteration,
             consumed_samples=self.consumed_samples,
-            consumed_tokens=self.consumed_samples * self.config.batch.seq_length,
+            consumed_tokens=self.consumed_tokens,
             model=dataclasses.asdict(self.config.model),
             layout=layout_of(self.grid),
             has_optimizer=True,
@@ -194,6 +204,7 @@ class Trainer:
             precision=dataclasses.asdict(self.config.precision),
             lora=None if self.engine.config.adapters is None else dataclasses.asdict(self.engine.config.adapters),
             hugging_face=self.hugging_face,
+            data=order_of(self.data) | {"position": self.position},
             tokenizer=None if self.tokenizer is None else self.tokenizer.plain(),
         )
         self.writer.save(manifest, {"run.yaml": self.resolved})

@@ -45,6 +45,8 @@ def validate(config: RunConfig) -> None:
     run_tokenizer(config, start, manifest)
     if config.checkpoint.save is not None:
         check_writable(config.checkpoint.save)
+    if config.data.data_cache_path is not None:
+        check_writable(config.data.data_cache_path, "--data-cache-path")
     for name in ("tensorboard_dir", "wandb_save_dir"):
         folder = getattr(config.logging, name)
         if folder is not None:

@@ -32,8 +32,8 @@ class Manifest:
     where they are not known. lora: of its adapters' LoraConfig, None where there are none. hugging_face: contents of
     config.json and generation_config.json, by file name, of the Hugging Face model that the weights came from, for the
     way back. tokenizer: plain fields that say on which tokenizer's ids the model was trained; None where nobody knows.
-    files: size in bytes of every other file in it. sha256: hex digest of each of `files`; empty in checkpoints of older
-    versions.
+    data: which samples were trained on, in which order, and how far; None where it is not known. files: size in bytes
+    of every other file in it. sha256: hex digest of each of `files`; empty in checkpoints of older versions.
     """
 
     iteration: int
@@ -47,6 +47,7 @@ class Manifest:
     lora: dict[str, Any] | None = None
     hugging_face: dict[str, Any] | None = None
     tokenizer: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
     files: dict[str, int] = dataclasses.field(default_factory=dict)
     sha256: dict[str, str] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -233,7 +234,7 @@ def parse_manifest(checkpoint: Path, flag: str = "--load") -> Manifest:
 
 def _check_tables(manifest: Manifest) -> None:
     needed = ("model", "layout", "files", "sha256")
-    others = ("trainable", "precision", "lora", "hugging_face", "tokenizer")
+    others = ("trainable", "precision", "lora", "hugging_face", "tokenizer", "data")
     tables = {name: getattr(manifest, name) for name in (*needed, *others)}
     if isinstance(manifest.hugging_face, dict):
         tables |= {f"hugging_face.{name}": content for name, content in manifest.hugging_face.items()}

@@ -100,7 +100,7 @@ class ModelConfig:
                 raise RequestError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.num_layers > _MOST_LAYERS:
             raise RequestError(f"--num-layers {self.num_layers}: must be at most {_MOST_LAYERS}")
-        for name in ("norm_epsilon", "rotary_base", "rope_scaling_factor"):
+        for name in ("norm_epsilon", "rotary_base", "rope_scaling_factor", "init_method_std"):
             if getattr(self, name) <= 0:
                 raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
@@ -120,12 +120,12 @@ class ModelConfig:
         elif self.position_embedding_offset < 0:
             raise RequestError(f"--position-embedding-offset {self.position_embedding_offset}: must not be negative")
         if self.position_embedding_type != "rope":
-            unused = ("rotary_percent", "rotary_interleaved", "rope_scaling", "rope_scaling_factor")
-            refuse_unused(self, unused, "--position-embedding-type rope")
+            refuse_unused(self, self._idle(), "--position-embedding-type rope")
             return
         if self.rope_scaling == "none":
             refuse_unused(self, ("rope_scaling_factor",), "--rope-scaling linear or llama3")
-        elif self.rope_scaling == "llama3" and not 0 < self.rope_low_freq_factor < self.rope_high_freq_factor:
+        refuse_unused(self, self._idle(), "--rope-scaling llama3")
+        if self.rope_scaling == "llama3" and not 0 < self.rope_low_freq_factor < self.rope_high_freq_factor:
             raise RequestError(
                 f"--rope-low-freq-factor {self.rope_low_freq_factor}: must be above 0 and below "
                 f"--rope-high-freq-factor {self.rope_high_freq_factor}"

@@ -37,6 +37,8 @@ class LoraConfig:
         """Raise RequestError where there is no such adapter."""
         if self.lora_rank < 1:
             raise RequestError(f"--lora-rank {self.lora_rank}: must be at least 1")
+        if self.lora_alpha <= 0:
+            raise RequestError(f"--lora-alpha {self.lora_alpha}: must be above 0")
         if not 0 <= self.lora_dropout < 1:
             raise RequestError(f"--lora-dropout {self.lora_dropout}: must be in [0, 1)")
         unknown = set(self.lora_target_modules) - set(TARGETS)

@@ -10,6 +10,7 @@ from pretrain.data.corpora import Corpus, read_corpora, require_training_samples
 from pretrain.data.sidecar import check_tokenizers, read_sidecar
 from pretrain.data.tokenizer_file import eod_token, read_tokenizer
 
+MOST_WORKERS = 1024
 SCAN_BYTES = 16 << 20
 
 
@@ -28,8 +29,8 @@ def check_data(config: DataConfig, seq_length: int, vocab_size: int, *, splits: 
     Raises:
         RequestError: in one line, what is wrong and what would do.
     """
-    if config.num_workers < 0:
-        raise RequestError(f"--num-workers {config.num_workers}: give 0 or more")
+    if not 0 <= config.num_workers <= MOST_WORKERS:
+        raise RequestError(f"--num-workers {config.num_workers}: give 0 or more, and at most {MOST_WORKERS}")
     corpora = read_corpora(config)
     tokenizer = read_tokenizer(config.tokenizer_model) if config.tokenizer_model else None
     if tokenizer and tokenizer.vocab_size > vocab_size:
