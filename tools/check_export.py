@@ -12,7 +12,6 @@ Prints a continuation by the exported model. Exit codes: 0 equal, 1 different, 2
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,12 @@ import torch
 from megatron_ext.errors import RequestError
 from megatron_ext.models.decoder import Decoder, whole_model
 from megatron_ext.models.names import EMBEDDING, HEAD
+from tokenizer.documents import read_documents
 from tokenizer.errors import TokenizerError
 from tokenizer.interface import Tokenizer
 from tokenizer.load import open_tokenizer
 from tokenizer.record import TokenizerRecord, record_of
+from tokenizer.text_file import decode, inspect
 from tools.command import Parser, run
 from tools.conversion.changes.cast import CastWeights
 from tools.conversion.formats.hf_folder import open_tensors
@@ -77,10 +78,13 @@ def _decoder(source: Source, dtype: torch.dtype | None) -> Decoder:
 def first_document(path: Path) -> str:
     """The file's text; of JSON lines, the first document's."""
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text.split("\n", 1)[0])["text"] if path.suffix == ".jsonl" else text
-    except (OSError, UnicodeError, ValueError, LookupError, TypeError) as error:
-        raise RequestError(f"--text {path}: cannot be read ({error})") from error
+        file = inspect("--text", path)
+        if file.json_lines:
+            return next(read_documents([path], "text", lambda _: None, "--text"), "")
+        with file.open("--text") as (stream, _):
+            return decode(stream.read(), f"--text {path}")
+    except TokenizerError as error:
+        raise RequestError(str(error)) from error
 
 
 @torch.no_grad()
