@@ -38,31 +38,45 @@ def scales_at_start(folder: Path, corpus: str) -> dict[str, tuple[float, str]]:
     begin({}, save="float32")
     return {
         "of float32": begin(GROWS, "float32", save="dynamic"),
-        "of float32, constant": begin(FP16 | {"loss_scale": 128}, "float32", save="constant"),
-        "of dynamic, same command": begin(GROWS, "dynamic"),
-        "of dynamic, flag left out": begin(FP16, "dynamic"),
-        "of dynamic, flag changed": begin(GROWS | {"initial_loss_scale": 64}, "dynamic"),
-        "of dynamic, larger least": begin(FP16 | {"min_loss_scale": 8192}, "dynamic"),
+        "of dynamic": begin(GROWS, "dynamic"),
         "of dynamic, constant": begin(FP16 | {"loss_scale": 128}, "dynamic"),
-        "of dynamic, bf16": begin({"bf16": True}, "dynamic"),
-        "of constant": begin(FP16 | {"initial_loss_scale": 256}, "constant"),
     }
 
 
 def test_flags_beat_the_checkpoints_scale(pool: Pool, corpus: str, tmp_path: Path) -> None:
     (found,) = pool.run(scales_at_start, 1, tmp_path, corpus)
-    anew, continued = "dynamic, as --initial-loss-scale says", "dynamic, as the checkpoint left it"
     assert {name: (scale, line.strip()) for name, (scale, line) in found.items()} == {
-        "of float32": (1024, f"loss scale 1024, {anew}"),
-        "of float32, constant": (128, "loss scale 128, constant"),
-        "of dynamic, same command": (2048, f"loss scale 2048, {continued}"),  # it doubled
-        "of dynamic, flag left out": (2048, f"loss scale 2048, {continued}"),
-        "of dynamic, flag changed": (64, f"loss scale 64, {anew}"),
-        "of dynamic, larger least": (8192, "loss scale 8192, dynamic, raised to --min-loss-scale"),
+        "of float32": (1024, "loss scale 1024, dynamic, as --initial-loss-scale says"),
+        "of dynamic": (2048, "loss scale 2048, dynamic, as the checkpoint left it"),  # it doubled
         "of dynamic, constant": (128, "loss scale 128, constant"),
-        "of dynamic, bf16": (1, ""),
-        "of constant": (256, f"loss scale 256, {anew}"),
     }
+
+
+WRITTEN = {
+    "in float32": PrecisionConfig(),
+    "constant": PrecisionConfig(fp16=True, loss_scale=64.0),
+    "from 1024": PrecisionConfig(fp16=True, initial_loss_scale=1024.0),
+    "from the default": PrecisionConfig(fp16=True),
+}
+
+
+@pytest.mark.parametrize(
+    "written, flags, expected",
+    [
+        ("in float32", {}, "loss scale 4.29497e+09, dynamic, as --initial-loss-scale says"),
+        ("in float32", {"loss_scale": 128.0}, "loss scale 128, constant"),
+        ("constant", {"initial_loss_scale": 256.0}, "loss scale 256, dynamic, as --initial-loss-scale says"),
+        ("from 1024", {"initial_loss_scale": 1024.0}, "loss scale 2048, dynamic, as the checkpoint left it"),
+        ("from 1024", {}, "loss scale 2048, dynamic, as the checkpoint left it"),
+        ("from 1024", {"initial_loss_scale": 64.0}, "loss scale 64, dynamic, as --initial-loss-scale says"),
+        ("from the default", {"initial_loss_scale": 64.0}, "loss scale 64, dynamic, as --initial-loss-scale says"),
+        ("from 1024", {"min_loss_scale": 8192.0}, "loss scale 8192, dynamic, raised to --min-loss-scale"),
+    ],
+)
+def test_what_a_continued_run_takes_over(written: str, flags: dict[str, float], expected: str) -> None:
+    scaler = LossScaler(PrecisionConfig(fp16=True, **flags), torch.device("cpu"))
+    scaler.resume(torch.tensor([2048.0, 3.0, 2.0]), WRITTEN[written])
+    assert scaler.describe() == expected
 
 
 def test_good_steps_and_tolerance_go_on() -> None:
