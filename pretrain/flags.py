@@ -22,6 +22,7 @@ from megatron_ext.checkpoint import model_of, read_manifest
 from megatron_ext.checkpoint.directory import MANIFEST
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, preset, preset_names
+from megatron_ext.option import refuse_unused
 from pretrain.checkpoints import CheckpointConfig
 from pretrain.config import RunConfig
 from pretrain.data.tokenizer_file import read_tokenizer
@@ -279,6 +280,7 @@ def _model(
     values = {key: value for key, value in values.items() if value is not None}
     if "vocab_size" not in values and tokenizer is not None:
         values["vocab_size"] = read_tokenizer(tokenizer).vocab_size  # the tokenizer at hand decides, never padded
+    given = set(values)
     if name is not None:
         values = dataclasses.asdict(preset(str(name))) | values
     elif stored is not None:
@@ -291,7 +293,15 @@ def _model(
             f"{', '.join(missing)} missing: give them, or --model NAME (--help lists the names), or --load a "
             "checkpoint that has them"
         )
-    return ModelConfig(**values)
+    model = ModelConfig(**values)
+    if model.position_embedding_type != "rope":
+        refuse_unused(model, [key for key in model.idle() if key in given], "--position-embedding-type rope")
+    elif model.rope_scaling != "none":
+        refuse_unused(model, [key for key in model.idle() if key in given], "--rope-scaling llama3")
+    else:
+        unused = [key for key in model.idle() if key in given and key != "rope_scaling_factor"]
+        refuse_unused(model, unused, "--rope-scaling llama3")
+    return model
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -68,9 +68,9 @@ def check_compatible(
 
 
 def differences(stored: ModelConfig, model: ModelConfig) -> list[str]:
-    """Names of the fields in which two models differ; what has no effect in either does not count."""
+    """Names of the fields in which a model departs from the stored one; what has no effect in it does not count."""
     ours, theirs = dataclasses.asdict(model.resolved()), dataclasses.asdict(stored.resolved())
-    return [name for name, value in ours.items() if value != theirs[name]]
+    return [name for name, value in ours.items() if value != theirs[name] and name not in model.idle()]
 
 
 def _shapes_differ(model: ModelConfig, name: str, value: Any) -> bool:

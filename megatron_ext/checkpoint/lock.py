@@ -106,7 +106,7 @@ class FolderLock:
             return
         self._stop.set()
         self._thread.join()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RequestError):
             self.check()
             self._path.unlink()
         os.close(self._descriptor)

@@ -70,11 +70,11 @@ class ModelConfig:
     def resolved(self) -> "ModelConfig":
         """The same model with the head size and the number of KV heads spelled out, and what has no effect at rest."""
         idle: dict[str, Any] = {
-            field.name: field.default for field in dataclasses.fields(self) if field.name in self._idle()
+            field.name: field.default for field in dataclasses.fields(self) if field.name in self.idle()
         }
         return dataclasses.replace(self, kv_channels=self.head_dim, num_query_groups=self.kv_heads, **idle)
 
-    def _idle(self) -> tuple[str, ...]:
+    def idle(self) -> tuple[str, ...]:
         """Names of the fields that have no effect, given the others."""
         idle: tuple[str, ...] = ()
         if self.position_embedding_type != "rope":
@@ -120,12 +120,12 @@ class ModelConfig:
         elif self.position_embedding_offset < 0:
             raise RequestError(f"--position-embedding-offset {self.position_embedding_offset}: must not be negative")
         if self.position_embedding_type != "rope":
-            refuse_unused(self, self._idle(), "--position-embedding-type rope")
+            unused = ("rotary_percent", "rotary_interleaved", "rope_scaling", "rope_scaling_factor")
+            refuse_unused(self, unused, "--position-embedding-type rope")
             return
         if self.rope_scaling == "none":
             refuse_unused(self, ("rope_scaling_factor",), "--rope-scaling linear or llama3")
-        refuse_unused(self, self._idle(), "--rope-scaling llama3")
-        if self.rope_scaling == "llama3" and not 0 < self.rope_low_freq_factor < self.rope_high_freq_factor:
+        elif self.rope_scaling == "llama3" and not 0 < self.rope_low_freq_factor < self.rope_high_freq_factor:
             raise RequestError(
                 f"--rope-low-freq-factor {self.rope_low_freq_factor}: must be above 0 and below "
                 f"--rope-high-freq-factor {self.rope_high_freq_factor}"
