@@ -72,7 +72,8 @@ def read_run(options: argparse.Namespace, gpu: Gpu) -> Planned:
         name = "bf16" if gpu.has_bf16 else "fp16"
         settings[name] = True
         assumed.append(f"--{name}")
-    base = resolve(settings).engine()
+    of_model = {name: value for name, value in settings.items() if name not in ("load", "pretrained_checkpoint")}
+    base = resolve(settings if settings.get("use_checkpoint_args") else of_model).engine()
     if settings.get("global_batch_size") is None:
         raise RequestError("--global-batch-size is required: the sequences of one step, which a layout is planned for")
     if base.precision.bf16 and not gpu.has_bf16:
