@@ -49,7 +49,8 @@ class Guarded:
             end = time.monotonic()
             self._retry_at = end + 10 * (end - start)
             if not self._failed:
-                reason = " ".join(str(error).split()) or type(error).__name__
+                said = error.strerror if isinstance(error, OSError) else str(error)
+                reason = " ".join((said or "").split()) or type(error).__name__
                 self._say(f"{reason}; the run goes on, and what is missing is written when it can be")
             self._failed = True
             return
