@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.checkpoint import has_checkpoints, locate_checkpoint, read_manifest
-from megatron_ext.checkpoint.directory import MANIFEST, later_checkpoints
+from megatron_ext.checkpoint.directory import LATEST, MANIFEST, later_checkpoints, set_aside
 from megatron_ext.checkpoint.lock import FolderLock
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
@@ -107,14 +107,19 @@ class CheckpointConfig:
                 f"--save {save} holds checkpoints of another run: continue it with --load {save}{again}, "
                 "or choose another folder"
             )
-        checkpoint = self.start().checkpoint
-        assert checkpoint is not None
-        later = later_checkpoints(save, read_manifest(checkpoint).iteration)
-        if later:
+        later = self.left_behind()
+        if later and not self._names_one_folder:  # every restart of this command would go back
             raise RequestError(
-                f"--save {save} holds {later[0].name}, which comes after {checkpoint.name} of --load and would be "
-                "written over: move it away, or choose another --save"
+                f"--save {save} holds {later[0].name}, which comes after --load {self.load}: to go back, write the "
+                f"older one's name into {save / LATEST} and give --load {save}; or choose another --save"
             )
+
+    def left_behind(self) -> list[Path]:
+        """Whole checkpoints where the run saves that come after the one that it goes on from, the newest first."""
+        checkpoint = self.start().checkpoint
+        if self.save is None or checkpoint is None or not self.continues_in_place:
+            return []
+        return later_checkpoints(Path(self.save), read_manifest(checkpoint).iteration)
 
     def _validate_resize(self) -> None:
         if self.embedding_init is None:
@@ -155,8 +160,14 @@ class CheckpointConfig:
         return Start()
 
     def _is_first_time(self, load: str) -> bool:
-        in_place = self.save is not None and Path(self.save).resolve() == Path(load).resolve()
-        return in_place and not has_checkpoints(load)
+        return self._names_one_folder and not has_checkpoints(load)
+
+    @property
+    def _names_one_folder(self) -> bool:
+        """Whether --load is the folder of --save, and not a checkpoint in it."""
+        return (
+            self.save is not None and self.load is not None and Path(self.save).resolve() == Path(self.load).resolve()
+        )
 
     @property
     def overridden(self) -> frozenset[str]:
@@ -182,6 +193,18 @@ def _start_at(flag: str, folder: str, weights_only: bool) -> Start:
     return Start(checkpoint, weights_only, flag, f"{flag} {folder}", (remark,) if remark else ())
 
 
+def go_back(config: CheckpointConfig) -> list[str]:
+    """Set aside what `latest`, set back by hand, leaves behind, so that nothing is written over; says so."""
+    try:
+        aside = {path.name: set_aside(path).name for path in config.left_behind()}
+    except OSError as error:
+        raise RequestError(f"--save {config.save}: later checkpoints cannot be set aside ({error})") from error
+    names = ", ".join(f"{name} as {kept}" for name, kept in aside.items())
+    return [f"--save {config.save}: its '{LATEST}' has been set back; what came after is set aside: {names}"] * bool(
+        aside
+    )
+
+
 @contextlib.contextmanager
 def beginning(config: CheckpointConfig) -> Iterator[tuple[Start, FolderLock | None]]:
     """Where all ranks begin, as the first rank finds it; within, no other run writes where this one saves. Collective.
@@ -195,8 +218,9 @@ def beginning(config: CheckpointConfig) -> Iterator[tuple[Start, FolderLock | No
             lock = FolderLock(config.save) if config.save is not None else None
             config.validate()  # again: another run may have written meanwhile
             start = config.start()
-            remarks = (lock.remark, *start.remarks) if lock is not None and lock.remark else start.remarks
-            found = [dataclasses.replace(start, remarks=remarks)]
+            remarks = [lock.remark] if lock is not None and lock.remark else []
+            remarks += [*start.remarks, *go_back(config)]
+            found = [dataclasses.replace(start, remarks=tuple(remarks))]
         except RequestError as error:
             found = [str(error)]
     try:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -110,17 +109,21 @@ def publish(root: Path, manifest: Manifest) -> Path:
     complete = dataclasses.replace(manifest, files=sizes, sha256=digests)
     write_text(partial / MANIFEST, json.dumps(dataclasses.asdict(complete), indent=2) + "\n")
     if final.exists():
-        os.replace(final, next(path for path in _names_aside(final) if not path.exists()))
+        set_aside(final)
     write_text(root / LATEST, final.name + "\n")
     os.replace(partial, final)
     _sync_directory(root)
     return final
 
 
-def _names_aside(path: Path) -> Iterator[Path]:
-    yield path.with_name(f"{path.name}.old")
-    for number in itertools.count(2):
-        yield path.with_name(f"{path.name}.old{number}")
+def set_aside(path: Path) -> Path:
+    """Rename to NAME.old, or NAME.old.1 and so on, the first that is free; returns it."""
+    number, target = 0, path.with_name(f"{path.name}.old")
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.old.{number}")
+    os.rename(path, target)
+    return target
 
 
 def _sync_directory(path: Path) -> None:

@@ -7,11 +7,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint.directory import write_text
+from megatron_ext.checkpoint.directory import set_aside, write_text
 from megatron_ext.errors import RequestError
 from pretrain.config import RunConfig
 from pretrain.logs.console import Console
-from pretrain.logs.growing_file import set_aside
 from pretrain.logs.log import Guarded, Log, Record
 from pretrain.logs.metrics_file import MetricsFile, trim_metrics
 from pretrain.logs.tensorboard import TensorBoard

@@ -48,12 +48,3 @@ class GrowingFile:
             descriptor, self._descriptor = self._descriptor, None
             with contextlib.suppress(OSError):
                 os.close(descriptor)
-
-
-def set_aside(path: Path) -> None:
-    """Rename to NAME.old, or NAME.old.1 and so on: the first that is free."""
-    number, target = 0, path.with_name(f"{path.name}.old")
-    while target.exists():
-        number += 1
-        target = path.with_name(f"{path.name}.old.{number}")
-    os.rename(path, target)

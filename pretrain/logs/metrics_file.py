@@ -4,8 +4,8 @@ import json
 import math
 from pathlib import Path
 
-from megatron_ext.checkpoint.directory import write_text
-from pretrain.logs.growing_file import GrowingFile, set_aside
+from megatron_ext.checkpoint.directory import set_aside, write_text
+from pretrain.logs.growing_file import GrowingFile
 from pretrain.logs.log import Record
 
 

@@ -8,7 +8,8 @@ import socket
 import time
 from pathlib import Path
 
-from pretrain.logs.growing_file import GrowingFile, set_aside
+from megatron_ext.checkpoint.directory import set_aside
+from pretrain.logs.growing_file import GrowingFile
 from pretrain.logs.log import Record
 
 _EVENTS = "events.out.tfevents."

@@ -79,8 +79,8 @@ def test_saving_an_iteration_again_keeps_what_was_there(tmp_path: Path) -> None:
     for content in ("first", "second", "third"):
         write(tmp_path, 5, content)
     assert (find_checkpoint(tmp_path) / "data").read_text() == "third"
-    assert sorted(os.listdir(tmp_path)) == ["iter_0000005", "iter_0000005.old", "iter_0000005.old2", "latest"]
-    assert [(tmp_path / f"iter_0000005.old{n}" / "data").read_text() for n in ("", 2)] == ["first", "second"]
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000005", "iter_0000005.old", "iter_0000005.old.1", "latest"]
+    assert [(tmp_path / f"iter_0000005.old{n}" / "data").read_text() for n in ("", ".1")] == ["first", "second"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from megatron_ext.checkpoint import Manifest, check_compatible, read_manifest
 from megatron_ext.checkpoint.directory import partial_path, publish
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, preset
+from pretrain.checkpoints import go_back
 from pretrain.config import RunConfig
 from pretrain.data import DataConfig
 from pretrain.data.place import order_of, place_of
@@ -139,12 +140,26 @@ def test_a_command_that_can_be_started_again(here: Path) -> None:
     assert later.start().checkpoint == Path("run/iter_0000004")
 
 
+def test_going_back_loses_nothing(here: Path) -> None:
+    for iteration in (2, 4, 6):
+        write(here / "run", iteration, ModelConfig(**MODEL | UNUSUAL))
+    (here / "run/latest").write_text("iter_0000002\n")
+    config = parse(command(save="run", load="run")).checkpoint
+    config.validate()
+    assert config.start().checkpoint == Path("run/iter_0000002")
+    (remark,) = go_back(config)
+    assert "iter_0000006 as iter_0000006.old, iter_0000004 as iter_0000004.old" in remark
+    assert sorted(os.listdir("run")) == ["iter_0000002", "iter_0000004.old", "iter_0000006.old", "latest"]
+    assert go_back(config) == []
+    assert parse(command(save="new", load="run/iter_0000006.old")).checkpoint.start().checkpoint is not None
+
+
 REFUSED: dict[str, dict[str, Any]] = {
     "--finetune with --load run where the run saves would begin it anew": {"load": "run", "finetune": True},
     "--finetune with --load new where the run saves": {"load": "new", "finetune": True, "save": "new"},
     "--save run holds checkpoints of another run: continue it with --load run, or": {},
     "--load run --pretrained-checkpoint base, or choose another": {"load": "base", "finetune": True},
-    "--save run holds iter_0000004, which comes after iter_0000002 of --load": {"load": "run/iter_0000002"},
+    "--save run holds iter_0000004, which comes after --load run/iter_0000002: to": {"load": "run/iter_0000002"},
     "--save run/iter_0000002 is a checkpoint itself": {"load": "run/iter_0000002", "save": "run/iter_0000002"},
     "--load run/iter_0000009: no such directory": {"load": "run/iter_0000009"},
     "--finetune contradicts --pretrained-checkpoint base": {
