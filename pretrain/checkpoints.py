@@ -199,10 +199,10 @@ def go_back(config: CheckpointConfig) -> list[str]:
         aside = {path.name: set_aside(path).name for path in config.left_behind()}
     except OSError as error:
         raise RequestError(f"--save {config.save}: later checkpoints cannot be set aside ({error})") from error
+    if not aside:
+        return []
     names = ", ".join(f"{name} as {kept}" for name, kept in aside.items())
-    return [f"--save {config.save}: its '{LATEST}' has been set back; what came after is set aside: {names}"] * bool(
-        aside
-    )
+    return [f"--save {config.save}: its '{LATEST}' has been set back; what came after is set aside: {names}"]
 
 
 @contextlib.contextmanager
@@ -213,17 +213,17 @@ def beginning(config: CheckpointConfig) -> Iterator[tuple[Start, FolderLock | No
     """
     lock: FolderLock | None = None
     found: list[Start | str] = [""]
-    if dist.get_rank() == 0:
-        try:
-            lock = FolderLock(config.save) if config.save is not None else None
-            config.validate()  # again: another run may have written meanwhile
-            start = config.start()
-            remarks = [lock.remark] if lock is not None and lock.remark else []
-            remarks += [*start.remarks, *go_back(config)]
-            found = [dataclasses.replace(start, remarks=tuple(remarks))]
-        except RequestError as error:
-            found = [str(error)]
     try:
+        if dist.get_rank() == 0:
+            try:
+                lock = FolderLock(config.save) if config.save is not None else None
+                config.validate()  # again: another run may have written meanwhile
+                start = config.start()
+                remarks = [lock.remark] if lock is not None and lock.remark else []
+                remarks += [*start.remarks, *go_back(config)]
+                found = [dataclasses.replace(start, remarks=tuple(remarks))]
+            except RequestError as error:
+                found = [str(error)]
         dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
         if isinstance(found[0], str):
             raise RequestError(found[0])

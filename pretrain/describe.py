@@ -14,10 +14,10 @@ from pretrain.checkpoints import Start
 from pretrain.config import RunConfig
 
 _TRAINING = ("batch", "precision", "optimizer", "lora", "data", "training")
-_SCHEDULE = {"lr", "min_lr", "train_iters", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters", "lr_warmup_init"} | {
-    "lr_wsd_decay_style",
-    "lr_wsd_decay_iters",
-}
+_SCHEDULE = {
+    "train_iters", "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters", "lr_warmup_init",
+    "lr_wsd_decay_style", "lr_wsd_decay_iters",
+}  # fmt: skip
 
 
 def describe(config: EngineConfig, grid: ProcessGrid) -> list[str]:
@@ -48,7 +48,7 @@ def describe_start(config: RunConfig, start: Start, manifest: Manifest, resolved
         if model[field.name] != field.default
     )
     lines = [*start.remarks, f"the model is that of {start.checkpoint}: {told}"]
-    for name in options.overridden & set(differences(stored, config.model)):
+    for name in [name for name in differences(stored, config.model) if name in options.overridden]:
         lines.append(f"{name} {model[name]} and not {getattr(stored, name)}, by --override-checkpoint-args")
     if options.embedding_init is not None and start.weights_only:
         lines.append(f"new rows of the vocabulary beside those of {start.checkpoint}: {options.embedding_init}")

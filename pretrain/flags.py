@@ -294,13 +294,10 @@ def _model(
             "checkpoint that has them"
         )
     model = ModelConfig(**values)
-    if model.position_embedding_type != "rope":
-        refuse_unused(model, [key for key in model.idle() if key in given], "--position-embedding-type rope")
-    elif model.rope_scaling != "none":
-        refuse_unused(model, [key for key in model.idle() if key in given], "--rope-scaling llama3")
-    else:
-        unused = [key for key in model.idle() if key in given and key != "rope_scaling_factor"]
-        refuse_unused(model, unused, "--rope-scaling llama3")
+    # of the factor the model itself says what it needs
+    unused = [key for key in model.idle() if key in given and key != "rope_scaling_factor"]
+    rotates = model.position_embedding_type == "rope"
+    refuse_unused(model, unused, "--rope-scaling llama3" if rotates else "--position-embedding-type rope")
     return model
 
 
