@@ -79,7 +79,7 @@ class _Lookout:
             # who kept the store has ended: before us, for all is done, or without a word
             if not self._over.wait(_GRACE_SECONDS):
                 _say(f"rank {self._rank}: ends, because the process that kept the store of the run is gone\n")
-                os._exit(1)
+                self._end(1)
 
     def leave(self, error: BaseException) -> NoReturn:
         """End this rank for an error of its own, which is the run's unless another rank was first."""
@@ -111,6 +111,7 @@ class _Lookout:
 
     def _end(self, code: int) -> NoReturn:
         """End the process here and now: at the interpreter's end, threads and process groups would be waited for."""
+        _say("")  # what was printed
         if self._keeps_store:
             time.sleep(3 * _LOOK_SECONDS)  # the others are still to read it
         os._exit(code)
