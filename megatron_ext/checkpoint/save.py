@@ -105,6 +105,8 @@ class CheckpointWriter:
             if self._is_first:
                 self._check_lock()
                 publish(self.root, dataclasses.replace(manifest, sha256=writer.sha256))
+        except RequestError as error:  # the folder is another run's by now, and what lies in it
+            return str(error)
         except (Exception, CheckpointException) as error:  # the latter is a BaseException
             if self._is_first:
                 shutil.rmtree(partial_path(self.root, manifest.iteration), ignore_errors=True)

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 import megatron_ext.checkpoint.lock
+from megatron_ext.checkpoint import CheckpointWriter
 from megatron_ext.checkpoint.lock import LOCK, FolderLock
 from megatron_ext.errors import RequestError
+from tests.distributed import Pool
+from tests.megatron_ext.test_checkpoint import build, manifest_of
 
 
 def hold(root: Path, pipe: Connection) -> None:
@@ -92,10 +95,37 @@ def test_a_restarted_machine_and_a_torn_record(tmp_path: Path, record: object, m
     lock.release()
 
 
+def take_over(root: Path) -> None:
+    """As a run on another node would that believes the holder dead."""
+    (root / "other").write_text(json.dumps(ELSEWHERE))
+    os.replace(root / "other", root / LOCK)
+
+
+def save_while_another_takes_over(root: Path) -> str:
+    """Save in the background, and lose the folder to a run that writes the same iteration. What is refused."""
+    engine, lock = build(), FolderLock(root)
+    writer = CheckpointWriter(root, engine, background=True, lock=lock)
+    writer.save(manifest_of(engine, 3), {})
+    take_over(root)
+    try:
+        writer.wait()
+    except RequestError as error:
+        return str(error)
+    finally:
+        lock.release()
+    return ""
+
+
+def test_what_another_run_writes_is_not_cleared_away(pool: Pool, tmp_path: Path) -> None:
+    (said,) = pool.run(save_while_another_takes_over, 1, tmp_path)
+    assert "could not be written" in said
+    assert "another run has taken the folder over from this one" in said
+    assert sorted(os.listdir(tmp_path)) == [".iter_0000003.tmp", LOCK]
+
+
 def test_who_was_taken_for_dead_notices(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path)
-    (tmp_path / "other").write_text(json.dumps(ELSEWHERE))
-    os.replace(tmp_path / "other", tmp_path / LOCK)
+    take_over(tmp_path)
     with pytest.raises(RequestError, match="another run has taken the folder over from this one"):
         lock.check()
     lock.release()
