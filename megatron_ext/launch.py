@@ -87,7 +87,9 @@ def refuse_ranks(environment: Mapping[str, str] = os.environ) -> None:
             f"this program runs in a single process, and this is RANK {environment['RANK']} of WORLD_SIZE "
             f"{environment['WORLD_SIZE']}: start it without torchrun"
         )
-    if not environment.get("RANK"):
+    # what Slurm's batch script says of itself looks like the first task's, but for the step
+    in_script = environment.get("SLURM_PROCID") == "0" and not environment.get("SLURM_STEP_NUM_TASKS")
+    if not environment.get("RANK") and not in_script:
         refuse_tasks(environment)
 
 

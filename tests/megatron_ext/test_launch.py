@@ -31,6 +31,13 @@ def test_alone(environment: dict[str, str]) -> None:
     refuse_ranks(environment)
 
 
+def test_tools_in_a_batch_script_of_several_tasks() -> None:
+    refuse_ranks(SLURM)
+    for task in ({"SLURM_PROCID": "1"}, {"SLURM_STEP_NUM_TASKS": "2"}):
+        with pytest.raises(RequestError, match="Slurm has started 2 processes"):
+            refuse_ranks(SLURM | task)
+
+
 def test_torchrun_under_slurm() -> None:
     whole = WHOLE | SLURM | {"LOCAL_WORLD_SIZE": "2"}
     assert read_launch(whole) == Launch(rank=1, local_rank=1, world_size=2, host="node0", port=29500)
