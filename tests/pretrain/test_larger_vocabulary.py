@@ -68,7 +68,7 @@ def test_loading_equals_converting_first(pool: Pool, made: Path, tmp_path: Path,
     old = made / ("tied" if "tied" in name else "untied")
     options = resizing(made, load=old, save=tmp_path / "loaded", **layout)
     printed = pool.run(train, ranks, words(options))[0]
-    assert f"new rows of the vocabulary beside those of {old}: {options['embedding_init']}\n" in printed
+    assert f"new rows of the vocabulary beside those of {old}/iter_0000000: {options['embedding_init']}\n" in printed
 
     names = ("--from", "native", "--to", "native", "--input", old, "--output", tmp_path / "grown")
     models = ("--base-tokenizer", options["base_tokenizer_model"], "--tokenizer", options["tokenizer_model"])
@@ -109,7 +109,7 @@ def wrong(made: Path, here: Path) -> dict[str, dict[str, Any]]:
         "does not extend --base-tokenizer-model": resizing(made, tokenizer_model=here / "spoiled.model"),
         f"--vocab-size {NEW + 24}: --tokenizer-model": resizing(made, vocab_size=NEW + 24),
         f"has the new tokenizer's {NEW} pieces already, leave out --embedding-init": resizing(made, load="grown"),
-        "with --embedding-init choose another folder than --load's": resizing(made, save=made / "untied"),
+        "where the run saves would begin it anew": resizing(made, save=made / "untied"),
         "none.model: cannot read it": resizing(made, base_tokenizer_model="none.model"),
     }
 
