@@ -87,33 +87,25 @@ LAYOUTS: dict[str, Layout] = {
     "TP2 DP2 SP ZeRO-1, biases": layout(tp=2, dp=2, sp=True, zero=1, **BIASED),
     "TP2 PP2 SP": layout(tp=2, pp=2, sp=True, documents=True),
 }
+# Every pair of two axes, schedules, stages and kinds of batch is in one of these; the rest wait for the long run.
+FLOAT64_BY_DEFAULT = {
+    *("TP2 SP", "TP4 SP, 2 KV heads, biases", "TP2, vocabulary 997", "PP3 of 3,2,2 layers", "TP2 PP2 SP"),
+    *("PP2 gpipe", "PP2 interleaved", "PP2 zero-bubble", "PP2 dualpipev", "PP2 1f1b, tied"),
+    *("DP4 ZeRO-0", "DP4 ZeRO-1", "DP4 ZeRO-2", "DP4 in shards of 2, ZeRO-2", "DP2 ZeRO-3, tied"),
+    *("TP2 PP2 DP2 SP ZeRO-0", "TP2 PP2 DP2 SP ZeRO-3", "TP2 DP2 ZeRO-3, vocabulary 997"),
+    *("PP2 DP2 zero-bubble ZeRO-2", "PP2 DP2 zbv ZeRO-2", "PP2 DP2 zbv ZeRO-3, tied"),
+    *("PP2 DP4 zbv in shards of 2, ZeRO-3", "DP4 ZeRO-3, accumulated", "PP2 DP2 zbv ZeRO-3, accumulated"),
+    *("PP2 zero-bubble, recompute full", "TP2 DP2 SP ZeRO-3, recompute full", "TP2 DP2 ZeRO-1, recompute selective"),
+}
 # What float32 adds is rounding, which the number of ranks and the order of sums change and the schedule does not.
-FLOAT32_BY_DEFAULT = {
-    "TP2 SP",
-    "PP2 zero-bubble",
-    "DP4 in shards of 2, ZeRO-2",
-    "TP2 PP2 DP2 SP ZeRO-1",
-    "PP2 DP2 zbv ZeRO-3",
-    "TP2 DP2 SP ZeRO-1, biases",
-}
-# Left to the long run: what another layout covers too.
-FLOAT64_LATER = {
-    "TP4, 2 KV heads",
-    "DP2 ZeRO-0",
-    "DP2 ZeRO-2",
-    "DP4 in shards of 2, ZeRO-1",
-    "TP2 PP2 DP2 SP ZeRO-2",
-    "PP2 DP2 zero-bubble ZeRO-3",
-    "PP2 DP2 interleaved ZeRO-2",
-    "PP2 DP2 interleaved ZeRO-3, accumulated",
-    "PP2 DP2 zero-bubble ZeRO-3, accumulated",
-    "PP2 DP4 zbv in shards of 2, ZeRO-3, accumulated",
-    "PP2 DP2 ZeRO-1, tied",
-    "PP2 zero-bubble, recompute selective",
-}
+FLOAT32_BY_DEFAULT = {"DP4 in shards of 2, ZeRO-2", "TP2 PP2 DP2 SP ZeRO-1", "PP2 DP2 zbv ZeRO-3"}
+assert FLOAT64_BY_DEFAULT | FLOAT32_BY_DEFAULT <= LAYOUTS.keys()
+BY_DEFAULT = {"float64": FLOAT64_BY_DEFAULT, "float32": FLOAT32_BY_DEFAULT}
 CASES = [
-    pytest.param(name, "float64", marks=[pytest.mark.slow] if name in FLOAT64_LATER else []) for name in LAYOUTS
-] + [pytest.param(name, "float32", marks=[] if name in FLOAT32_BY_DEFAULT else [pytest.mark.slow]) for name in LAYOUTS]
+    pytest.param(name, dtype, marks=[] if name in by_default else [pytest.mark.slow])
+    for dtype, by_default in BY_DEFAULT.items()
+    for name in LAYOUTS
+]
 
 
 @pytest.mark.parametrize("name, dtype", CASES)

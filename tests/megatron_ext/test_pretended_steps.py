@@ -25,7 +25,7 @@ MORE = {
     "DP2 ZeRO-1, fp16": layout(dp=2, zero=1, fp16=True),
     "TP2 DP2 ZeRO-1, LoRA": layout(tp=2, dp=2, zero=1, train_only="lora"),
 }
-PARTS = 2  # processes that go through them one after the other
+PARTS = 3  # processes that go through them one after the other
 
 
 def step(case: Layout, rank: int) -> list[str]:
@@ -62,6 +62,6 @@ def steps(part: int, of_last: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("of_last", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))])
 def test_steps_neither_wait_for_the_device_nor_mix_it_with_the_host(pool: Pool, part: int, of_last: bool) -> None:
     assert pool.run(steps, 1, part, of_last) == [{}]
