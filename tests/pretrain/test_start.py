@@ -97,6 +97,19 @@ def test_a_named_field_that_is_not_given_has_its_default(here: Path) -> None:
     assert config.model.rotary_base == 5e5
 
 
+@pytest.mark.parametrize("name, value", [("rope_scaling", "none"), ("position_embedding_type", "alibi")])
+def test_a_change_leaves_aside_what_has_no_effect_after_it(here: Path, name: str, value: str) -> None:
+    words = command(load="base", finetune=True) + [f"--{name.replace('_', '-')}", value]
+    with pytest.raises(RequestError, match=f"its model has {name} .*, the run asks for {value}"):
+        check(parse(words))
+    config = parse([*words, "--override-checkpoint-args", name])
+    check(config)
+    assert (config.model.rope_scaling_factor, config.model.rope_original_max_position) == (1.0, 8192)
+    assert parse(["--model", "llama3.1-8b", "--rope-scaling", "none"]).model.rope_scaling_factor == 1.0
+    with pytest.raises(RequestError, match="--rope-scaling-factor 32.0 has no effect"):
+        parse([*words, "--rope-scaling-factor", "32.0", "--override-checkpoint-args", name]).model.validate()
+
+
 @pytest.mark.parametrize(
     "stored, asked, fields",
     [
