@@ -68,7 +68,9 @@ class Trainer:
             micro_batch_size=batch.micro_batch_size,
             global_batch_size=self.batch_size,
         )
-        self.position, self.place = (0, "") if continued is None else place_of(continued, self.data)
+        self.position, self.place = (
+            (0, "") if continued is None else place_of(continued, self.data, f"{start.flag} {start.checkpoint}")
+        )
         self.resolved = to_yaml(dataclasses.replace(config, batch=batch, checkpoint=config.checkpoint.as_begun()))
         save, in_background = config.checkpoint.save, config.checkpoint.async_save
         self.writer = CheckpointWriter(save, self.engine, in_background, lock) if save is not None else None

@@ -245,8 +245,8 @@ def _check_tables(manifest: Manifest) -> None:
         if not isinstance(table, dict) and not (table is None and name in others):
             raise TypeError(f"its {name} is no table")
     for name in ("iteration", "consumed_samples", "consumed_tokens"):
-        if type(getattr(manifest, name)) is not int:
-            raise TypeError(f"its {name} is no whole number")
+        if type(getattr(manifest, name)) is not int or getattr(manifest, name) < 0:
+            raise TypeError(f"its {name} is no whole number of at least 0")
 
 
 def incomplete_files(checkpoint: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,8 @@
 from typing import Any
 
 from megatron_ext.checkpoint import Manifest
+from megatron_ext.checkpoint.directory import MANIFEST
+from megatron_ext.errors import RequestError
 from pretrain.data.corpora import parse_split
 from pretrain.data.loader import Data
 
@@ -20,19 +22,25 @@ def order_of(data: Data) -> dict[str, Any]:
     }
 
 
-def place_of(manifest: Manifest, data: Data) -> tuple[int, str]:
+def place_of(manifest: Manifest, data: Data, where: str = "--load") -> tuple[int, str]:
     """How many samples of the order to pass over after a checkpoint, and what is to be said of that, if anything.
 
     Another order of the same corpora goes on after as many tokens as were seen, whichever those were; other corpora
-    begin at their first sample.
+    begin at their first sample. where: the flag and the checkpoint, with which a RequestError begins.
     """
     stored, order = manifest.data, order_of(data)
     if stored is None:  # an older version wrote it: only the length of its samples can be known
         samples, position = manifest.consumed_samples, manifest.consumed_samples
         length = manifest.consumed_tokens // samples if samples else data.seq_length
         stored = order | {"seq_length": length, "position": position}
-    position, length = int(stored["position"]), int(stored["seq_length"])
-    if stored["corpora"] != order["corpora"] and sorted(stored["corpora"]) != sorted(order["corpora"]):
+    for name, value in (order | {"position": 0}).items():
+        if type(stored.get(name)) is not type(value) or (name in ("position", "seq_length") and stored[name] < 0):
+            raise RequestError(
+                f"{where}: {MANIFEST} describes data that this program does not know "
+                f"({name} {stored.get(name)!s:.80}): written by a newer version?"
+            )
+    position, length = stored["position"], stored["seq_length"]
+    if stored["corpora"] != order["corpora"] and sorted(map(str, stored["corpora"])) != sorted(order["corpora"]):
         return 0, "--data-path: not the corpora of the checkpoint: they are read from their first sample on"
     changed = [name for name in order if stored[name] != order[name]]
     if not changed:

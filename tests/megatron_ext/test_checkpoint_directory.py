@@ -80,7 +80,11 @@ def test_saving_an_iteration_again_keeps_what_was_there(tmp_path: Path) -> None:
             lambda c: edit(c, hugging_face={"config.json": None}),
             "unreadable manifest.json (its hugging_face.config.json is no table)",
         ),
-        (lambda c: edit(c, consumed_samples="8"), "unreadable manifest.json (its consumed_samples is no whole number)"),
+        (
+            lambda c: edit(c, consumed_samples="8"),
+            "unreadable manifest.json (its consumed_samples is no whole number of at least 0)",
+        ),
+        (lambda c: edit(c, iteration=-4), "unreadable manifest.json (its iteration is no whole number of at least 0)"),
         (lambda c: (c / MANIFEST).unlink(), "names 'iter_0000005', which is not a complete checkpoint there"),
         (lambda c: shutil.rmtree(c), "nor a folder of checkpoints (latest): its 'latest' names 'iter_0000005', which"),
         (lambda c: edit(c, iteration=7), "its manifest.json is of iteration 7; no checkpoint there is whole"),

@@ -172,7 +172,8 @@ FLAGS: list[tuple[str, dict[str, Any], int]] = [
     ("--position-embedding-offset 2 has no effect", {"position_embedding_offset": 2}, 1),
     ("--num-layers 0: must be at least 1", {"num_layers": 0}, 1),
     ("--num-layers 10001: must be at most 10000", {"num_layers": 10001}, 1),
-    (f"--hidden-size {10**30}: must be at most 2147483647", {"hidden_size": 10**30}, 1),
+    (f"--hidden-size {2**31}: must be at most 2147483647", {"hidden_size": 2**31}, 1),
+    (f"--hidden-size {10**30}: must be at most ", {"hidden_size": 10**30}, 1),
     ("--norm-epsilon 0.0: must be above 0", {"norm_epsilon": 0}, 1),
     # what is computed with
     ("--bf16 and --fp16 exclude each other", {"bf16": True, "fp16": True}, 1),
