@@ -295,7 +295,9 @@ def _model(
         )
     model = ModelConfig(**values)
     # of a preset or the stored model: what has no effect beside the values that are given, as a factor without scaling
-    idle = {field.name: field.default for field in dataclasses.fields(model) if field.name in model.idle()}
+    idle: dict[str, Any] = {
+        field.name: field.default for field in dataclasses.fields(model) if field.name in model.idle()
+    }
     model = dataclasses.replace(model, **{key: value for key, value in idle.items() if key not in given})
     # of the factor the model itself says what it needs
     unused = [key for key in idle if key in given and key != "rope_scaling_factor"]
