@@ -5,6 +5,7 @@ initialisation all read the placement of the parameter itself. Nothing is padded
 size n holds rows [r * ceil(n / tp), (r + 1) * ceil(n / tp)), cut off at n (torch.chunk's rule).
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,6 +105,28 @@ class _SumOfShares(torch.autograd.Function):
         return total.to(grad.dtype), None
 
 
+class _ToLocal(torch.autograd.Function):
+    """`DTensor.to_local` for a gradient that is placed as the parameter is.
+
+    (torch's takes the host longer than a small product does: its backward pass works the placement out anew.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, param: DTensor) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.spec, local = param._spec, param._local_tensor
+        ctx.stride = local.stride()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> DTensor | None:
+        if grad is None:
+            return None
+        if grad.stride() != ctx.stride:  # of a split backward pass, transposed
+            return DTensor.from_local(grad, ctx.spec.mesh, ctx.spec.placements, run_check=False, shape=ctx.spec.shape)
+        return DTensor(grad, copy.copy(ctx.spec), requires_grad=False)  # type: ignore[call-arg]
+
+
 class _Cast(torch.autograd.Function):
     """`param.to(dtype)`, kept in `made` by dtype: for as long as that stands, one copy serves every use."""
 
@@ -127,7 +150,7 @@ def local(param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     casts = getattr(param, "casts", None)
     if isinstance(param, DTensor):
-        param = param.to_local()
+        param = _ToLocal.apply(param)
     elif hasattr(param, "tp_group"):
         param = _SumOfShares.apply(param, param.tp_group)
     if casts is None or param.dtype == dtype:

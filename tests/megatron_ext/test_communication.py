@@ -313,6 +313,10 @@ def memory(config: EngineConfig, device: torch.device = CPU) -> tuple[float, flo
         return (resident_bytes(device) - before) / parameters(config.model)
 
     engine = Engine(config, grid)
+    built = resident_bytes(device)
+    attention_inputs = next(iter(engine.stages.values())).decoder.inputs
+    attention_inputs.rotation(config.batch.seq_length, None, device)  # made once a run: no state of a parameter
+    before += resident_bytes(device) - built
     engine.train_step(batch, LR)
     between_steps = held()
 
