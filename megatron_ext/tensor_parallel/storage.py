@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_global_tensor_info
 
 
 def tp_shard_range(size: int, tp_size: int, tp_rank: int) -> tuple[int, int]:
@@ -122,8 +123,12 @@ class _ToLocal(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor | None) -> DTensor | None:
         if grad is None:
             return None
-        if grad.stride() != ctx.stride:  # of a split backward pass, transposed
-            return DTensor.from_local(grad, ctx.spec.mesh, ctx.spec.placements, run_check=False, shape=ctx.spec.shape)
+        if grad.stride() != ctx.stride:  # transposed: of an adapter, or of a split backward pass
+            spec = ctx.spec
+            _, stride = compute_global_tensor_info(grad, spec.mesh, spec.placements)
+            return DTensor.from_local(
+                grad, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=tuple(stride)
+            )
         return DTensor(grad, copy.copy(ctx.spec), requires_grad=False)  # type: ignore[call-arg]
 
 

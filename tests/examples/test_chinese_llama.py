@@ -157,7 +157,7 @@ def test_new_rows_alone_and_the_whole_model_without_a_first_stage(folder: Path) 
     assert_transformers_loads(out)
 
 
-@pytest.mark.parametrize("script", [EMBEDDINGS, PRETRAIN])
+@pytest.mark.parametrize("script", [EMBEDDINGS, pytest.param(PRETRAIN, marks=pytest.mark.slow)])
 def test_a_dry_run_is_one_process_and_leaves_nothing(folder: Path, script: str) -> None:
     out = folder / f"rehearsed-{script}"
     shutil.copytree(folder / "expanded", out, ignore=LATER_STAGES)

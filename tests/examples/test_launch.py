@@ -95,6 +95,7 @@ def test_a_model_fits_the_cluster_that_its_script_names(
     assert tree(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_a_dry_run_as_a_user_starts_it(tmp_path: Path) -> None:
     """Flags come last and win, variables say what the cluster is, and what is given is checked."""
     variables = {"NNODES": "2", "GPUS_PER_NODE": "4", "PP": "1", "ZERO_STAGE": "3", "OUTPUT": "run"}
@@ -181,6 +182,7 @@ def test_a_wrong_request_is_one_line(
     assert not Path(f"{recorder}.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_it_is_started_again(tmp_path: Path) -> None:
     """The 7B script with a smaller model, for real: two processes, stopped after a step, and started again."""
     write_corpus(tmp_path / "corpus")

@@ -24,6 +24,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     **{f"deepspeed, ZeRO-{zero}": {"zero": zero, "zero_engine": "deepspeed"} for zero in (1, 2, 3)},
     "deepspeed, ZeRO-2 offloaded": {"zero": 2, "zero_engine": "deepspeed", "offload_optimizer": "cpu"},
 }
+BY_DEFAULT = {"torch, ZeRO-0", "torch, ZeRO-3", "deepspeed, ZeRO-1", "deepspeed, ZeRO-3"}
 
 
 def gradients(config: EngineConfig) -> dict[str, torch.Tensor]:
@@ -51,7 +52,9 @@ def exact_norm_of(config: EngineConfig) -> float:
     return norm_of(gradients(config))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=[] if name in BY_DEFAULT else [pytest.mark.slow]) for name in ENGINES]
+)
 def test_the_norm_that_clips_is_the_whole_models(pool: Pool, engine: str) -> None:
     """At a value between the largest norm of a pipeline stage and the whole norm, where a stage would not clip."""
     if engine.startswith("deepspeed"):

@@ -21,14 +21,20 @@ from megatron_ext.engine import Engine, EngineConfig
 from megatron_ext.mesh import build_grid
 from tests.distributed import Pool, RankError
 from tests.megatron_ext.training import LR, global_batch, share, tiny
-from tests.pretrain.support import assert_equal, command, curve, metrics, start, stored, train
+from tests.pretrain.support import assert_equal, curve, metrics, start, stored, train
+from tests.pretrain.support import command as command_of
 from tests.pretrain.test_data import write_corpus
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 NEW_ROWS = {"train_only": "new-rows", "train_output_embeddings": True, "base_vocab_size": 61}
 LORA = {"train_only": "lora", "lora_target_modules": ["k_proj", "o_proj"]}
+ITERS = 8
 Tensors = dict[str, torch.Tensor]
 Named = list[tuple[str, torch.Tensor]]
+
+
+def command(**flags: Any) -> list[str]:
+    return command_of(**{"train_iters": ITERS} | flags)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +55,8 @@ def trained(tensors: Tensors) -> Tensors:
 
 
 def interrupted(pool: Pool, ranks: int, folder: Path, **flags: Any) -> None:
-    """Twenty iterations in two parts, `folder`/parts, beside twenty at once, `folder`/whole."""
-    for name, more in (("whole", {}), ("parts", {"exit_interval": 10}), ("parts", {"load": folder / "parts"})):
+    """All iterations in two parts, `folder`/parts, beside all at once, `folder`/whole."""
+    for name, more in (("whole", {}), ("parts", {"exit_interval": ITERS // 2}), ("parts", {"load": folder / "parts"})):
         pool.run(train, ranks, command(save=folder / name, metrics=folder / f"{name}.jsonl", **flags, **more))
 
 
@@ -69,18 +75,18 @@ def test_same_layout_is_bitwise(pool: Pool, corpus: str, tmp_path: Path, ranks: 
     interrupted(pool, ranks, tmp_path, **flags | {"data_path": corpus})
     assert curve(tmp_path / "parts.jsonl") == curve(tmp_path / "whole.jsonl")
     assert_equal(final(tmp_path / "parts"), final(tmp_path / "whole"))
-    assert sorted(os.listdir(tmp_path / "parts")) == ["iter_0000010", "iter_0000020", "latest", "run.yaml"]
+    assert sorted(os.listdir(tmp_path / "parts")) == ["iter_0000004", "iter_0000008", "latest", "run.yaml"]
 
 
 def test_real_processes_are_bitwise_too(pool: Pool, corpus: str, tmp_path: Path) -> None:
     pool.run(train, 1, command(data_path=corpus, save=tmp_path / "whole", metrics=tmp_path / "whole.jsonl"))
     flags = {"data_path": corpus, "save": tmp_path / "parts", "metrics": tmp_path / "parts.jsonl"}
-    for more in ({"exit_interval": 10}, {"load": tmp_path / "parts"}):
+    for more in ({"exit_interval": ITERS // 2}, {"load": tmp_path / "parts"}):
         process = start(command(**flags, **more))
         output, errors = process.communicate()
         assert process.returncode == 0, errors
-    assert "continuing from iteration 10" in output
-    assert [record["consumed_samples"] for record in metrics(tmp_path / "parts.jsonl")] == list(range(8, 161, 8))
+    assert "continuing from iteration 4" in output
+    assert [record["consumed_samples"] for record in metrics(tmp_path / "parts.jsonl")] == list(range(8, 65, 8))
     assert curve(tmp_path / "parts.jsonl") == curve(tmp_path / "whole.jsonl")
     assert_equal(trained(final(tmp_path / "parts")), trained(final(tmp_path / "whole")))
 
@@ -110,7 +116,7 @@ def test_another_layout_continues_the_curve(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     pool.run(train, 1, command(**flags, save=whole, metrics=tmp_path / "whole.jsonl"))
     flags |= {"save": parts, "metrics": tmp_path / "parts.jsonl"}
-    pool.run(train, first[0], command(**flags, **first[1], exit_interval=10))
+    pool.run(train, first[0], command(**flags, **first[1], exit_interval=ITERS // 2))
     pool.run(train, second[0], command(**flags, **second[1], load=parts))
     for found, expected in zip(curve(tmp_path / "parts.jsonl"), curve(tmp_path / "whole.jsonl"), strict=True):
         assert found == pytest.approx(expected, rel=1e-9)
@@ -213,12 +219,12 @@ def train_with_a_slow_disk(arguments: list[str]) -> None:
 
 
 def test_background_saves_equal_those_that_training_waited_for(pool: Pool, corpus: str, tmp_path: Path) -> None:
-    flags = {"data_path": corpus, "save_interval": 10, "train_iters": 25}
+    flags = {"data_path": corpus, "save_interval": 3}
     pool.run(train, 2, command(**flags, save=tmp_path / "sync", metrics=tmp_path / "sync.jsonl"))
     background = command(**flags, save=tmp_path / "async", metrics=tmp_path / "async.jsonl", async_save=True)
     pool.run(train_with_a_slow_disk, 2, background)
     assert curve(tmp_path / "async.jsonl") == curve(tmp_path / "sync.jsonl")
-    names = ["iter_0000010", "iter_0000020", "iter_0000025"]
+    names = ["iter_0000003", "iter_0000006", "iter_0000008"]
     for folder in ("sync", "async"):
         assert sorted(os.listdir(tmp_path / folder)) == [*names, "latest", "run.yaml"]
     for name in names:
@@ -229,7 +235,7 @@ def train_until_killed(arguments: list[str]) -> None:
     """The first rank dies when its second checkpoint is written and not yet published."""
 
     def deadly(root: Path, manifest: Manifest) -> Path:
-        if manifest.iteration == 10:
+        if manifest.iteration == 4:
             os.kill(os.getpid(), signal.SIGKILL)
         return publish(root, manifest)
 
@@ -243,12 +249,12 @@ def test_killed_while_saving(pool: Pool, corpus: str, tmp_path: Path) -> None:
     flags = {"data_path": corpus, "metrics": tmp_path / "parts.jsonl", "save": tmp_path / "parts"}
     pool.run(train, 2, command(**flags | {"metrics": tmp_path / "whole.jsonl", "save": tmp_path / "whole"}))
     with pytest.raises(RankError, match="died with exit code -9"):
-        pool.run(train_until_killed, 2, command(**flags, save_interval=5))
-    assert sorted(os.listdir(tmp_path / "parts")) == [".iter_0000010.tmp", "iter_0000005", "latest", "run.yaml"]
-    assert len(metrics(tmp_path / "parts.jsonl")) == 10
+        pool.run(train_until_killed, 2, command(**flags, save_interval=2))
+    assert sorted(os.listdir(tmp_path / "parts")) == [".iter_0000004.tmp", "iter_0000002", "latest", "run.yaml"]
+    assert len(metrics(tmp_path / "parts.jsonl")) == 4
     with (tmp_path / "parts.jsonl").open("a") as file:
-        file.write('{"iteration": 11, "lm_lo')  # torn
+        file.write('{"iteration": 5, "lm_lo')  # torn
     pool.run(train, 2, command(**flags, load=tmp_path / "parts"))
-    assert sorted(os.listdir(tmp_path / "parts")) == ["iter_0000005", "iter_0000020", "latest", "run.yaml"]
+    assert sorted(os.listdir(tmp_path / "parts")) == ["iter_0000002", "iter_0000008", "latest", "run.yaml"]
     assert curve(tmp_path / "parts.jsonl") == curve(tmp_path / "whole.jsonl")
     assert_equal(final(tmp_path / "parts"), final(tmp_path / "whole"))
