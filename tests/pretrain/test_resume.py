@@ -250,7 +250,8 @@ def test_killed_while_saving(pool: Pool, corpus: str, tmp_path: Path) -> None:
     pool.run(train, 2, command(**flags | {"metrics": tmp_path / "whole.jsonl", "save": tmp_path / "whole"}))
     with pytest.raises(RankError, match="died with exit code -9"):
         pool.run(train_until_killed, 2, command(**flags, save_interval=2))
-    assert sorted(os.listdir(tmp_path / "parts")) == [".iter_0000004.tmp", "iter_0000002", "latest", "run.yaml"]
+    left = [".iter_0000004.tmp", ".lock", "iter_0000002", "latest", "run.yaml"]
+    assert sorted(os.listdir(tmp_path / "parts")) == left
     assert len(metrics(tmp_path / "parts.jsonl")) == 4
     with (tmp_path / "parts.jsonl").open("a") as file:
         file.write('{"iteration": 5, "lm_lo')  # torn
