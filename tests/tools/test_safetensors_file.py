@@ -79,16 +79,19 @@ def test_fp8_is_refused_by_name(tmp_path: Path) -> None:
     )
 
 
+PART = "part.safetensors"
+
+
 @pytest.mark.parametrize(
     "index, reason",
     [
-        ({"weight_map": {"a": SINGLE, "z": SINGLE}}, f"{INDEX} says that z is in {SINGLE}, which lacks it"),
+        ({"weight_map": {"a": PART, "z": PART}}, f"{INDEX} says that z is in {PART}, which lacks it"),
         ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors is missing"),
         ({"weight_map": []}, f"{INDEX} cannot be read"),
         ({}, f"{INDEX} cannot be read"),
     ],
 )
 def test_an_index_that_is_wrong_is_refused(tmp_path: Path, index: dict[str, object], reason: str) -> None:
-    save_file(TENSORS, tmp_path / SINGLE)
+    save_file(TENSORS, tmp_path / PART)
     (tmp_path / INDEX).write_text(json.dumps(index))
     assert reason in refusal(tmp_path)
