@@ -64,7 +64,7 @@ def test_logits_and_gradients_equal_transformers(options: dict[str, Any]) -> Non
     expected = theirs(tokens).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
-    ours(tokens, labels).backward()
+    (ours(tokens, labels) / labels.numel()).backward()
     F.cross_entropy(expected.flatten(0, 1), labels.flatten()).backward()
     gradients = {name: param.grad for name, param in theirs.named_parameters()}
     for name, param in ours.named_parameters():
@@ -168,9 +168,9 @@ def test_flops_of_embeddings_alone_equal_torch_counter(output_too: bool) -> None
 )
 def test_learning_rate_equals_megatron_core(style: str, wsd: str | None, warmup: int) -> None:
     options: dict[str, Any] = {"lr_wsd_decay_style": wsd, "lr_wsd_decay_iters": 30} if wsd else {}
-    config = OptimizerConfig(
-        lr=3e-4, min_lr=2e-5, lr_decay_style=style, lr_warmup_iters=warmup, lr_warmup_init=1e-6, **options
-    )
+    options |= {"min_lr": 2e-5} if style != "constant" else {}
+    options |= {"lr_warmup_iters": warmup, "lr_warmup_init": 1e-6} if warmup else {}
+    config = OptimizerConfig(lr=3e-4, lr_decay_style=style, **options)
     config.validate(100)
     expected = megatron_core.learning_rates(config, 100, range(130))
     ours = [learning_rate(config, iteration, 100) for iteration in range(130)]
