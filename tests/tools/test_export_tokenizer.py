@@ -2,6 +2,7 @@
 refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,10 @@ def test_without_its_files_the_ids_are_the_runs_or_absent(
     for name in CONFIGS:
         config = json.loads((tmp_path / "hf" / name).read_text())
         assert (config["bos_token_id"], config["eos_token_id"]) == (400, [401, 7])
-    path = find_checkpoint(source) / MANIFEST
+    nameless = shutil.copytree(source, tmp_path / "nameless")
+    path = find_checkpoint(nameless) / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": None}))
-    assert export(made, source, tmp_path / "unknown") == 0
+    assert export(made, nameless, tmp_path / "unknown") == 0
     assert "tokenizer is not known, so config.json names no ids" in capsys.readouterr().out
     for name in CONFIGS:
         config = json.loads((tmp_path / "unknown" / name).read_text())
