@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Style, types and tests. Makes its own environment if there is none.
-#   bash tests/run.sh            the default run, less than half an hour on two cores
+#   bash tests/run.sh            the default run
 #   bash tests/run.sh --slow     with the long sweeps; what measures time runs after the rest, alone
 #   bash tests/run.sh --compiles only what first builds operators of DeepSpeed (needs a compiler and libaio)
 #   bash tests/run.sh tests/pretrain -k resume      anything else goes to pytest
