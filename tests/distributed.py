@@ -129,8 +129,9 @@ def _rank_main(pipe: Connection, port: int, job: str, rank: int, world: int, tim
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
         fn, args = pickle.loads(task)
         answer = pickle.dumps((True, fn(*args)))
-        dist.barrier()  # nobody leaves while another still talks to it
-        dist.destroy_process_group()
+        if dist.is_initialized():  # one that stepped into a pretended world has left this one
+            dist.barrier()  # nobody leaves while another still talks to it
+            dist.destroy_process_group()
     except BaseException:
         answer = pickle.dumps((False, traceback.format_exc()))
     pipe.send_bytes(answer)
