@@ -5,19 +5,23 @@ test (process groups, caches of DTensor, random numbers) reaches the next.
 """
 
 import dataclasses
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megatron_ext.pretended import join_pretended_world, leave_pretended_world
+from tests.megatron_ext.pretended_device import prepare_steps
 
 MAX_RANKS = 8
 _GRACE_SECONDS = 3.0  # for ranks to say where a collective waited in vain, and what they know when one has failed
@@ -88,6 +92,11 @@ class Pool:
             for pipe in pipes:
                 pipe.close()
 
+    def pretend(self, fn: Callable[..., Any], world_size: int, *args: Any, ranks: Sequence[int] | None = None) -> Any:
+        """fn(*args) as ranks of a world that is not there (megatron_ext/pretended.py), all in one process: their
+        results. Of messages there is all but what is in them. ranks: by default the first and the last."""
+        return self.run(_as_ranks, 1, fn, world_size, args, ranks or sorted({0, world_size - 1}))[0]
+
     def _collect(self, pipes: dict[Connection, int], ranks: list[Any], deadline: float) -> list[Any]:
         waiting = dict(pipes)
         results: dict[int, Any] = {}
@@ -115,8 +124,23 @@ class Pool:
         return [results[rank] for rank in range(len(ranks))]
 
 
+def _as_ranks(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], ranks: Sequence[int]) -> list[Any]:
+    dist.destroy_process_group()
+    results = []
+    for rank in ranks:
+        join_pretended_world(rank, world_size)
+        try:
+            with prepare_steps(world_size):
+                results.append(fn(*args))
+        finally:
+            leave_pretended_world()
+        gc.collect()
+    return results
+
+
 def _rank_main(pipe: Connection, port: int, job: str, rank: int, world: int, timeout: float, task: bytes) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what the fork server has imported: a collection need not look at it
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),

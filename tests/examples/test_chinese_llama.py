@@ -17,6 +17,7 @@ from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.checkpoint.read import WeightReader
 from megatron_ext.models.expand import METHODS
 from tests.pretrain.support import metrics
+from tests.slow import sweep
 from tests.tokenizer.samples import write_jsonl, write_sentencepiece
 from tokenizer.merge import MODES
 
@@ -119,10 +120,12 @@ def test_a_failure_on_the_way_leaves_nothing(folder: Path) -> None:
     assert not (folder / "failed").exists()
 
 
-def test_both_stages(folder: Path) -> None:
-    """A pass over the corpus each: with two tensor-parallel ranks, then as a pipeline of two nodes."""
-    out = folder / "out"
-    run(folder, EMBEDDINGS)
+@pytest.mark.parametrize("nodes", sweep((1, 2), {1}))
+def test_both_stages(folder: Path, nodes: int) -> None:
+    """A pass over the corpus each: with two tensor-parallel ranks, then with one, or as a pipeline of two nodes."""
+    out = folder / f"on-{nodes}"
+    shutil.copytree(folder / "expanded", out, ignore=LATER_STAGES)
+    run(folder, EMBEDDINGS, OUTPUT=out)
     tokens = json.loads((out / "corpus.json").read_text())["tokens"]
     steps = int(tokens * 0.969 / (LENGTH * BATCH)) + 1
     assert [record["iteration"] for record in metrics(out / "1-embeddings.jsonl")] == [*range(1, steps + 1)]
@@ -132,10 +135,11 @@ def test_both_stages(folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    nodes = {"NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GPUS_PER_NODE": 1, "TP": 1, "PP": 2}
-    processes = [start(folder, PRETRAIN, **nodes, NODE_RANK=rank) for rank in range(2)]
+    several = {"NNODES": nodes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if nodes > 1 else {}
+    layout = several | {"GPUS_PER_NODE": 1, "TP": 1, "PP": nodes, "OUTPUT": out}
+    processes = [start(folder, PRETRAIN, **layout, NODE_RANK=rank) for rank in range(nodes)]
     outcomes = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outcomes
+    assert [process.returncode for process in processes] == [0] * nodes, outcomes
     linears = {name.removesuffix(".lora.a") for name in weights(out / "2-pretrain") if name.endswith(".lora.a")}
     assert len(linears) == 7 * LAYERS
     assert changed(exported(out), first) == MATRICES | {f"{name}.weight" for name in linears}
@@ -157,7 +161,7 @@ def test_new_rows_alone_and_the_whole_model_without_a_first_stage(folder: Path) 
     assert_transformers_loads(out)
 
 
-@pytest.mark.parametrize("script", [EMBEDDINGS, pytest.param(PRETRAIN, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("script", sweep((EMBEDDINGS, PRETRAIN), {EMBEDDINGS}))
 def test_a_dry_run_is_one_process_and_leaves_nothing(folder: Path, script: str) -> None:
     out = folder / f"rehearsed-{script}"
     shutil.copytree(folder / "expanded", out, ignore=LATER_STAGES)

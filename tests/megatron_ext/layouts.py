@@ -12,7 +12,7 @@ from tests.megatron_ext.training import LR, Run, worst
 
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
 # Weights are compared absolutely. Where a gradient is near zero, AdamW makes its rounding a step of its own, so that
-# float32 weights agree less well than the loss: to within one step of the eight.
+# float32 weights agree less well than the loss: to within one step of the few.
 WEIGHT_TOLERANCE = {"float64": 1e-9, "float32": LR}
 VALID_TOLERANCE = {"float64": 1e-9, "float32": 1e-4}  # of a loss with the weights of the end
 
@@ -27,6 +27,10 @@ class Layout:
     documents: bool = False
 
 
+# Without a pipeline half the layers do, and another clip bites on some steps.
+SHALLOW: dict[str, Any] = {"num_layers": 2, "clip_grad": 1.08}
+
+
 def layout(
     tp: int = 1,
     pp: int = 1,
@@ -39,6 +43,8 @@ def layout(
 ) -> Layout:
     options |= {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "sequence_parallel": sp}
     options |= {"pipeline_schedule": schedule, "zero_stage": zero}
+    if pp == 1:
+        options = SHALLOW | options
     # Two microbatches a rank where each costs many small collectives, else four (pipelines want as many).
     options.setdefault("micro_batch_size", 8 // dp if tp > 1 or dp > 2 else 4 // dp)
     return Layout(tp * pp * dp, options, documents)

@@ -14,6 +14,7 @@ from megatron_ext.mesh import build_grid
 from tests.distributed import Pool
 from tests.megatron_ext.layouts import TOLERANCE, layout
 from tests.megatron_ext.training import global_batch, one_process, share, tiny, whole_parameters
+from tests.slow import sweep
 
 # With an epsilon far above every gradient Adam's first step is lr / eps times the gradient: here, the gradient.
 LINEAR: dict[str, Any] = {"adam_eps": 1e6, "weight_decay": 0.0}
@@ -24,7 +25,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     **{f"deepspeed, ZeRO-{zero}": {"zero": zero, "zero_engine": "deepspeed"} for zero in (1, 2, 3)},
     "deepspeed, ZeRO-2 offloaded": {"zero": 2, "zero_engine": "deepspeed", "offload_optimizer": "cpu"},
 }
-BY_DEFAULT = {"torch, ZeRO-0", "torch, ZeRO-3", "deepspeed, ZeRO-1", "deepspeed, ZeRO-3"}
 
 
 def gradients(config: EngineConfig) -> dict[str, torch.Tensor]:
@@ -52,9 +52,7 @@ def exact_norm_of(config: EngineConfig) -> float:
     return norm_of(gradients(config))
 
 
-@pytest.mark.parametrize(
-    "engine", [pytest.param(name, marks=[] if name in BY_DEFAULT else [pytest.mark.slow]) for name in ENGINES]
-)
+@pytest.mark.parametrize("engine", sweep(ENGINES, {"torch, ZeRO-3", "deepspeed, ZeRO-1"}))
 def test_the_norm_that_clips_is_the_whole_models(pool: Pool, engine: str) -> None:
     """At a value between the largest norm of a pipeline stage and the whole norm, where a stage would not clip."""
     if engine.startswith("deepspeed"):

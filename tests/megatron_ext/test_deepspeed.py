@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from tests.distributed import Pool
 from tests.megatron_ext.layouts import Layout, Reference, assert_parity, layout
 from tests.megatron_ext.test_communication import GATHER, REDUCE, SCATTER, Collectives, volume
 from tests.megatron_ext.training import LR, STEPS, global_batch, one_process, share, tiny, train, worst
+from tests.slow import sweep
 
 pytest.importorskip("deepspeed")
 
@@ -54,29 +54,13 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-# Left to the long run: what another case covers too.
-LATER = {
-    "DP4 ZeRO-3",
-    "DP8 ZeRO-3, norms that seven ranks fill",
-    "TP4 SP, 2 KV heads",
-    "DP2 ZeRO-1, tied",
-    "PP2 DP2 ZeRO-1, offload",
-    "PP2 DP2 ZeRO-2, offload",
-    "torch DP2 ZeRO-1 -> TP2 DP2 SP ZeRO-3",
-    "torch one process -> PP2 DP2 ZeRO-2, offload",
-    "DP2 ZeRO-3, biases -> torch TP2 DP2",
-    "TP2 DP2 ZeRO-2, biases -> DP2 ZeRO-3",
-    "ZeRO-2",
-    "ZeRO-2 bf16",
-    "ZeRO-3 bf16",
+BY_DEFAULT = {
+    *("TP2 PP2 DP2 SP ZeRO-3", "TP2 PP2 SP ZeRO-1, documents and masks", "PP2 DP2 ZeRO-3, offload"),
+    *("one process ZeRO-2, offload", "DP2 ZeRO-3, offload of parameters too"),
 }
 
 
-def default_or_later(names: Iterable[str]) -> list[Any]:
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in LATER else []) for name in names]
-
-
-@pytest.mark.parametrize("name", default_or_later(LAYOUTS))
+@pytest.mark.parametrize("name", sweep(LAYOUTS, BY_DEFAULT))
 def test_layout_equals_one_process(pool: Pool, reference: Reference, name: str) -> None:
     case = LAYOUTS[name]
     config = tiny(**case.options)
@@ -87,11 +71,14 @@ def test_layout_equals_one_process(pool: Pool, reference: Reference, name: str) 
 
 @pytest.mark.parametrize(
     "options",
-    [
-        pytest.param({"pp": 2, "dp": 2, "num_layers": 5, "pipeline_layers": (4, 1)}, marks=pytest.mark.slow),
-        {"pp": 2, "dp": 2, "num_layers": 5, "pipeline_layers": (4, 1), **CPU},
-        {"tp": 2, "dp": 2, "sp": True, "recompute_granularity": "full"},
-    ],
+    sweep(
+        [
+            {"pp": 2, "dp": 2, "num_layers": 5, "pipeline_layers": (4, 1)},
+            {"pp": 2, "dp": 2, "num_layers": 5, "pipeline_layers": (4, 1), **CPU},
+            {"tp": 2, "dp": 2, "sp": True, "recompute_granularity": "full"},
+        ],
+        [{"tp": 2, "dp": 2, "sp": True, "recompute_granularity": "full"}],
+    ),
     ids=str,
 )
 def test_stage_3_with_every_parameter_sharded(
@@ -107,7 +94,7 @@ def test_stage_3_with_every_parameter_sharded(
     assert_parity(runs, reference(tiny(**case.options)), str(options), "float32")
 
 
-@pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("zero", sweep((1, 2, 3), {3}))
 def test_bf16_stays_close_to_float32(pool: Pool, reference: Reference, zero: int) -> None:
     """By as much as torch's engine may (test_parity.py): masters and accumulated gradients are float32."""
     case = deepspeed(pp=2, dp=2, zero=zero)
@@ -166,7 +153,12 @@ def overflow(config: EngineConfig) -> tuple[list[float], list[str], tuple[float,
 
 
 @pytest.mark.parametrize(
-    "options", [{"zero": 1}, {"zero": 2, "bf16": True, **CPU}, {"zero": 3}, {"zero": 3, "bf16": True}], ids=str
+    "options",
+    sweep(
+        [{"zero": 1}, {"zero": 2, "bf16": True, **CPU}, {"zero": 3}, {"zero": 3, "bf16": True}],
+        [{"zero": 1}, {"zero": 3, "bf16": True}],
+    ),
+    ids=str,
 )
 def test_a_gradient_that_is_not_finite_changes_nothing(pool: Pool, options: dict[str, Any]) -> None:
     config = tiny(**deepspeed(pp=2, dp=2, **options).options)
@@ -198,7 +190,7 @@ HELD = {
 }
 
 
-@pytest.mark.parametrize("name", default_or_later(HELD))
+@pytest.mark.parametrize("name", sweep(HELD, {"ZeRO-1", "ZeRO-3", "ZeRO-1 bf16", "ZeRO-2, offload"}))
 def test_bytes_held(pool: Pool, tmp_path: Path, name: str) -> None:
     options, per_parameter, divided = HELD[name]
     if options["zero"] == 3:  # else small parameters stay whole
@@ -207,7 +199,7 @@ def test_bytes_held(pool: Pool, tmp_path: Path, name: str) -> None:
         options = options | {"deepspeed_config": str(file)}
     # many layers, for at stages 1 and 2 a rank holds the whole gradient of a matrix that it has the first part of
     config = tiny(**deepspeed(dp=4, num_layers=16, **options).options)
-    for states, psi in pool.run(bytes_held, 4, config):
+    for states, psi in pool.pretend(bytes_held, 4, config):
         for size, total, is_divided in zip(dataclasses.astuple(states), per_parameter, divided, strict=True):
             assert size == pytest.approx(psi * total / (4 if is_divided else 1), rel=0.02)
 
@@ -240,7 +232,7 @@ def test_messages(pool: Pool, tmp_path: Path, stage: int, settings: dict[str, An
     file.write_text(json.dumps({"zero_optimization": settings}))
     config = tiny(**deepspeed(dp=4, zero=stage, micro_batch_size=1, deepspeed_config=str(file)).options)
     psi = parameters(config.model)
-    for found in pool.run(messages, 4, config):
+    for found in pool.pretend(messages, 4, config):
         large = {kind: n for kind, n in found.items() if n > 10}  # stage 3 sums its norm apart
         assert large == pytest.approx({kind: n * psi for kind, n in times.items()}, rel=0.01)
 
@@ -304,11 +296,11 @@ CHECKPOINTS: dict[str, tuple[Layout, Layout]] = {
 }
 
 
-@pytest.mark.parametrize("name", default_or_later(CHECKPOINTS))
+@pytest.mark.parametrize("name", sweep(CHECKPOINTS, {"PP2 DP2 ZeRO-3, offload -> torch TP2 DP2 ZeRO-3"}))
 def test_checkpoints_pass_between_engines_bitwise(pool: Pool, tmp_path: Path, name: str) -> None:
     source, target = CHECKPOINTS[name]
-    written = pool.run(write, source.ranks, tiny(**source.options), tmp_path)
-    loaded = pool.run(read, target.ranks, tiny(**target.options), tmp_path)
+    written = pool.run(write, source.ranks, tiny(**source.options | {"num_layers": 4}), tmp_path)
+    loaded = pool.run(read, target.ranks, tiny(**target.options | {"num_layers": 4}), tmp_path)
     saved = {key: value for rank, _ in written for key, value in rank.items()}
     assert set().union(*(rank for rank, _ in loaded)) == set(saved)
     for rank, _ in loaded:

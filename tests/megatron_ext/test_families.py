@@ -20,6 +20,7 @@ from megatron_ext.zero import ZeroConfig
 from tests.distributed import Pool
 from tests.families import MODELS, save_model
 from tests.megatron_ext.training import share
+from tests.slow import sweep
 from tests.weights import InMemory
 from tools.check_export import load_native
 from tools.conversion.families import family_of
@@ -100,7 +101,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Expected]:
     return {name: expect(name, tmp_path_factory.mktemp(name.replace(" ", "_"))) for name in MODELS}
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=sweep(LAYOUTS, {"one process", "TP2 x PP2"}))
 def found(request: pytest.FixtureRequest, pool: Pool, expected: dict[str, Expected]) -> dict[str, list[Step]]:
     """Of every model, what each rank of a layout has found."""
     layout = LAYOUTS[request.param]

@@ -18,6 +18,7 @@ from tests.megatron_ext.layouts import Layout, Reference, assert_parity, layout
 from tests.megatron_ext.pretended_device import pretend_device
 from tests.megatron_ext.test_communication import memory
 from tests.megatron_ext.training import LR, STEPS, tiny, train, worst
+from tests.slow import sweep
 
 OFFLOADED: dict[str, Any] = {"offload_optimizer": "cpu"}
 TIED: dict[str, Any] = {"untie_embeddings_and_output_weights": False}
@@ -36,7 +37,13 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+BY_DEFAULT = {
+    *("one rank, ZeRO-2", "DP2 ZeRO-1", "DP4 in shards of 2, ZeRO-3", "PP2 DP2 zbv ZeRO-3"),
+    *("PP2 DP2 ZeRO-1, tied", "PP2 DP2 ZeRO-1, new rows"),
+}
+
+
+@pytest.mark.parametrize("name", sweep(LAYOUTS, BY_DEFAULT))
 def test_offloaded_layout_equals_one_process(pool: Pool, reference: Reference, name: str) -> None:
     case = LAYOUTS[name]
     config = tiny(params_dtype="float64", **case.options)
@@ -87,7 +94,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # how often in a step gradient
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", sweep(CASES, {"ZeRO-1", "ZeRO-3, bf16", "ZeRO-3, fp16, new rows", "in shards of 1, ZeRO-2", "PP2, tied"})
+)
 def test_a_step_copies_reduced_gradients_and_two_scalars_to_the_host(pool: Pool, name: str) -> None:
     times, options = CASES[name]
     config = tiny(**options, **OFFLOADED)
@@ -100,8 +109,13 @@ def device_memory(config: EngineConfig) -> tuple[float, float, float]:
     return memory(config, device)
 
 
-@pytest.mark.parametrize("shard", [4, 2])
-@pytest.mark.parametrize("stage, accumulate", [(1, False), (2, False), (3, False), (3, True)])
+@pytest.mark.parametrize(
+    "stage, accumulate, shard",
+    sweep(
+        [(*case, shard) for case in ((1, False), (2, False), (3, False), (3, True)) for shard in (4, 2)],
+        {(1, False, 4), (2, False, 2), (3, False, 4), (3, True, 2)},
+    ),
+)
 def test_what_is_whole_is_on_the_device_and_nothing_else(pool: Pool, stage: int, shard: int, accumulate: bool) -> None:
     """Of what test_communication.py measures: between microbatches whole weights and whole gradients, and with replicas
     the shards that are summed over microbatches before they are over replicas; between steps nothing."""

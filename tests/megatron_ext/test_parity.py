@@ -7,6 +7,7 @@ and torch.optim.AdamW. Figures are printed: `pytest -rP` shows them.
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from megatron_ext.mesh import build_grid
 from megatron_ext.optim import LossScaler, PrecisionConfig
 from tests.distributed import Pool
 from tests.megatron_ext.hugging_face import llama_like
-from tests.megatron_ext.layouts import Layout, Reference, assert_parity, layout
+from tests.megatron_ext.layouts import SHALLOW, Layout, Reference, assert_parity, layout
 from tests.megatron_ext.training import (
     LR,
     STEPS,
@@ -32,6 +33,7 @@ from tests.megatron_ext.training import (
     train,
     worst,
 )
+from tests.slow import sweep
 
 TIED: dict[str, Any] = {"untie_embeddings_and_output_weights": False}
 BIASED: dict[str, Any] = {"add_qkv_bias": True, "add_bias_linear": True}
@@ -87,29 +89,22 @@ LAYOUTS: dict[str, Layout] = {
     "TP2 DP2 SP ZeRO-1, biases": layout(tp=2, dp=2, sp=True, zero=1, **BIASED),
     "TP2 PP2 SP": layout(tp=2, pp=2, sp=True, documents=True),
 }
-# Every pair of two axes, schedules, stages and kinds of batch is in one of these; the rest wait for the long run.
+# Every axis, schedule, stage and kind of batch is in one of these, most pairs too; the rest wait for the long run.
 FLOAT64_BY_DEFAULT = {
-    *("TP2 SP", "TP4 SP, 2 KV heads, biases", "TP2, vocabulary 997", "PP3 of 3,2,2 layers", "TP2 PP2 SP"),
-    *("PP2 gpipe", "PP2 interleaved", "PP2 zero-bubble", "PP2 dualpipev", "PP2 1f1b, tied"),
+    *("TP2 SP", "TP4 SP, 2 KV heads, biases", "PP3 of 3,2,2 layers", "TP2 PP2 SP", "PP2 1f1b, tied"),
+    *("PP2 gpipe", "PP2 interleaved", "PP2 dualpipev", "PP2 zero-bubble, recompute full"),
     *("DP4 ZeRO-0", "DP4 ZeRO-1", "DP4 ZeRO-2", "DP4 in shards of 2, ZeRO-2", "DP2 ZeRO-3, tied"),
-    *("TP2 PP2 DP2 SP ZeRO-0", "TP2 PP2 DP2 SP ZeRO-3", "TP2 DP2 ZeRO-3, vocabulary 997"),
-    *("PP2 DP2 zero-bubble ZeRO-2", "PP2 DP2 zbv ZeRO-2", "PP2 DP2 zbv ZeRO-3, tied"),
-    *("PP2 DP4 zbv in shards of 2, ZeRO-3", "DP4 ZeRO-3, accumulated", "PP2 DP2 zbv ZeRO-3, accumulated"),
-    *("PP2 zero-bubble, recompute full", "TP2 DP2 SP ZeRO-3, recompute full", "TP2 DP2 ZeRO-1, recompute selective"),
+    *("TP2 PP2 DP2 SP ZeRO-3", "TP2 DP2 ZeRO-3, vocabulary 997", "TP2 DP2 SP ZeRO-3, recompute full"),
+    *("PP2 DP2 zero-bubble ZeRO-2", "PP2 DP2 zbv ZeRO-3, tied", "PP2 DP2 zbv ZeRO-3, accumulated"),
 }
 # What float32 adds is rounding, which the number of ranks and the order of sums change and the schedule does not.
-FLOAT32_BY_DEFAULT = {"DP4 in shards of 2, ZeRO-2", "TP2 PP2 DP2 SP ZeRO-1", "PP2 DP2 zbv ZeRO-3"}
+FLOAT32_BY_DEFAULT = {"DP4 in shards of 2, ZeRO-2"}
 assert LAYOUTS.keys() >= FLOAT64_BY_DEFAULT | FLOAT32_BY_DEFAULT
-BY_DEFAULT = {"float64": FLOAT64_BY_DEFAULT, "float32": FLOAT32_BY_DEFAULT}
-CASES = [
-    pytest.param(name, dtype, marks=[] if name in by_default else [pytest.mark.slow])
-    for dtype, by_default in BY_DEFAULT.items()
-    for name in LAYOUTS
-]
+BY_DEFAULT = {("float64", name) for name in FLOAT64_BY_DEFAULT} | {("float32", name) for name in FLOAT32_BY_DEFAULT}
 
 
-@pytest.mark.parametrize("name, dtype", CASES)
-def test_layout_equals_one_process(pool: Pool, reference: Reference, name: str, dtype: str) -> None:
+@pytest.mark.parametrize("dtype, name", sweep(itertools.product(("float64", "float32"), LAYOUTS), BY_DEFAULT))
+def test_layout_equals_one_process(pool: Pool, reference: Reference, dtype: str, name: str) -> None:
     case = LAYOUTS[name]
     config = tiny(params_dtype=dtype, **case.options)
     expected = reference(config, case.documents)
@@ -117,9 +112,10 @@ def test_layout_equals_one_process(pool: Pool, reference: Reference, name: str, 
     assert_parity(runs, expected, name, dtype)
 
 
-def test_clipping_bites_on_some_steps(reference: Reference) -> None:
+@pytest.mark.parametrize("options", [{}, SHALLOW])
+def test_clipping_bites_on_some_steps(reference: Reference, options: dict[str, Any]) -> None:
     """The parity of the layouts proves something of clipped steps and of others."""
-    config = tiny(params_dtype="float64")
+    config = tiny(params_dtype="float64", **options)
     clipped = reference(config).norms > config.optimizer.clip_grad
     assert 0 < clipped.sum() < STEPS
 
@@ -181,9 +177,11 @@ HALF_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("half", ["bf16", "fp16"])
-@pytest.mark.parametrize("name", HALF_LAYOUTS)
-def test_half_precision_stays_close_to_float32(pool: Pool, reference: Reference, name: str, half: str) -> None:
+HALF_BY_DEFAULT = {("bf16", "TP2 PP2 DP2 SP ZeRO-3"), ("fp16", "PP2 DP2 zero-bubble ZeRO-1")}
+
+
+@pytest.mark.parametrize("half, name", sweep(itertools.product(("bf16", "fp16"), HALF_LAYOUTS), HALF_BY_DEFAULT))
+def test_half_precision_stays_close_to_float32(pool: Pool, reference: Reference, half: str, name: str) -> None:
     case = HALF_LAYOUTS[name]
     config = tiny(**case.options)
     precision = PrecisionConfig(fp16=True, initial_loss_scale=2.0**10) if half == "fp16" else PrecisionConfig(bf16=True)
@@ -215,13 +213,7 @@ BF16_LAYOUTS = {
 
 
 # The others in the long run: what is accumulated and what travels is compared exactly below.
-BF16_BY_DEFAULT = {"DP4 ZeRO-0", "DP4 in shards of 2, ZeRO-3", "TP2 PP2 DP2 SP ZeRO-2"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in BF16_BY_DEFAULT else [pytest.mark.slow]) for name in BF16_LAYOUTS],
-)
+@pytest.mark.parametrize("name", sweep(BF16_LAYOUTS, {"DP4 in shards of 2, ZeRO-3"}))
 def test_gradients_that_travel_in_bfloat16_stay_close_to_float32(pool: Pool, reference: Reference, name: str) -> None:
     case = BF16_LAYOUTS[name]
     config = tiny(**case.options)
@@ -251,7 +243,9 @@ ACCUMULATING = {name: case for name, case in BF16_LAYOUTS.items() if "TP2" not i
 }
 
 
-@pytest.mark.parametrize("name", ACCUMULATING)
+@pytest.mark.parametrize(
+    "name", sweep(ACCUMULATING, {"DP4 ZeRO-0", "DP4 in shards of 2, ZeRO-3", "PP2 DP2 zero-bubble ZeRO-1"})
+)
 def test_gradients_computed_in_bfloat16_are_accumulated_in_float32(pool: Pool, name: str) -> None:
     """With equal samples every rank and microbatch has the same gradient, whose multiples bfloat16 cannot hold (3 and
     5 times need bits that it lacks) but float32 can, as both can the whole sum: it is, divided, that one gradient."""
@@ -264,7 +258,7 @@ def test_gradients_computed_in_bfloat16_are_accumulated_in_float32(pool: Pool, n
             assert torch.equal(gradient, expected[parameter].bfloat16().float()), parameter
 
 
-@pytest.mark.parametrize("name", HALF_LAYOUTS)
+@pytest.mark.parametrize("name", sweep(HALF_LAYOUTS, {"one process", "PP2 DP2 zero-bubble ZeRO-1"}))
 def test_overflow_skips_the_update_everywhere_and_halves_the_scale(pool: Pool, name: str) -> None:
     case = HALF_LAYOUTS[name]
     config = tiny(fp16=True, initial_loss_scale=2.0**24, hysteresis=1, **case.options)

@@ -13,6 +13,7 @@ from tests.megatron_ext.layouts import Layout, layout
 from tests.megatron_ext.pretended_device import Crossings, prepare_steps
 from tests.megatron_ext.test_parity import LAYOUTS
 from tests.megatron_ext.training import LR, global_batch, share, tiny
+from tests.slow import sweep
 
 ALIBI: dict[str, Any] = {"position_embedding_type": "alibi"}
 MORE = {
@@ -25,7 +26,7 @@ MORE = {
     "DP2 ZeRO-1, fp16": layout(dp=2, zero=1, fp16=True),
     "TP2 DP2 ZeRO-1, LoRA": layout(tp=2, dp=2, zero=1, train_only="lora"),
 }
-PARTS = 3  # processes that go through them one after the other
+PARTS = 6  # processes that go through them one after the other
 
 
 def step(case: Layout, rank: int) -> list[str]:
@@ -61,7 +62,7 @@ def steps(part: int, of_last: bool) -> dict[str, Any]:
     return wrong
 
 
-@pytest.mark.parametrize("of_last", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))])
+@pytest.mark.parametrize("of_last", sweep((True, False), {True}))
+@pytest.mark.parametrize("part", sweep(range(PARTS), {0}))
 def test_steps_neither_wait_for_the_device_nor_mix_it_with_the_host(pool: Pool, part: int, of_last: bool) -> None:
     assert pool.run(steps, 1, part, of_last) == [{}]

@@ -14,9 +14,9 @@ from megatron_ext.pipeline import PipelineConfig
 from megatron_ext.tensor_parallel import LoraConfig
 from megatron_ext.zero import ZeroConfig
 
-STEPS = 8
+STEPS = 5  # as many as there are kinds of uneven masks
 LR = 1e-3
-VALID = range(3, 6)  # batches of the evaluation in the end; with documents the first one is masked whole
+VALID = range(3, 5)  # batches of the evaluation in the end; with documents the first one is masked whole
 _PARTS: dict[str, Any] = {
     "batch": BatchConfig,
     "parallel": ParallelConfig,
@@ -40,7 +40,7 @@ _DEFAULTS: dict[str, Any] = {
     "global_batch_size": 16,
     "seq_length": 16,
     "zero_stage": 0,
-    "clip_grad": 1.4,
+    "clip_grad": 1.5,
 }
 
 

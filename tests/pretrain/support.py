@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_ext.checkpoint.metadata import TensorReader
+from pretrain.__main__ import main
 from pretrain.flags import parse
 from pretrain.train import run
 from pretrain.validate import validate
@@ -76,6 +77,16 @@ def start(arguments: Iterable[str], **environment: str) -> subprocess.Popen[str]
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def rank_main(rank: int, ranks: int, port: int, words: list[str], folder: Path) -> None:
+    """Be a rank of `python -m pretrain` as Slurm may start it, without torchrun, in a process that the pool's fork
+    server made: what goes to the terminal goes to files, and the process ends with the exit code."""
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), stream)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.exit(main(words))
 
 
 def metrics(file: Path) -> list[dict[str, Any]]:

@@ -388,6 +388,7 @@ def test_damaged_files(capfd, here: Path, monkeypatch, message: str) -> None:
     refuse(capfd, here, command(data_path="c", load="saved", save="saved"), message, monkeypatch)
 
 
+@pytest.mark.slow
 def test_real_process(here: Path) -> None:
     before = tree(here)
     process = start(command(data_path="c", save="new", tensor_model_parallel_size=2))
@@ -399,6 +400,7 @@ def test_real_process(here: Path) -> None:
     assert tree(here) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 def test_deepspeed_says_nothing_beside_the_line(here: Path) -> None:
     (here / "ds.json").write_text('{"zero_optimization": {"reduce_bucket_size": 0}}')

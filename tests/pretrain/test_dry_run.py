@@ -272,6 +272,7 @@ def test_an_engine_that_is_not_the_model_is_found(
         main(command(dry_run=True, world_size=4, **{TP: 2, PP: 2}))
 
 
+@pytest.mark.slow
 def test_real_process() -> None:
     process = start(command(dry_run=True, world_size=64, **{PP: 4}, global_batch_size=64))
     output, errors = process.communicate()

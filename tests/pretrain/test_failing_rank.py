@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from pretrain.__main__ import main
 from tests.distributed import Pool
 from tests.pretrain.failing_rank import fail_in
-from tests.pretrain.support import ROOT, command
+from tests.pretrain.support import ROOT, command, rank_main
 from tests.pretrain.test_data import write_corpus
 
 LAYOUT: dict[str, Any] = {
@@ -32,14 +31,10 @@ def arguments(folder: Path, place: str) -> list[str]:
     return command(data_path=folder / "c", **LAYOUT, **(saving if "save" in place else {}))
 
 
-def rank_main(rank: int, ranks: int, failing: int, place: str, words: list[str], port: int, errors: Path) -> None:
-    """Be a rank as Slurm may start it, without torchrun."""
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def failing_main(rank: int, ranks: int, failing: int, place: str, words: list[str], port: int, folder: Path) -> None:
     if rank == failing:
         fail_in(place)
-    sys.exit(main(words))
+    rank_main(rank, ranks, port, words, folder)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +53,10 @@ def test_the_others_end_too(pool: Pool, tmp_path: Path, place: str, failing: int
     words = arguments(tmp_path, place)
     said = [tmp_path / f"stderr{rank}" for rank in range(ranks)]
     processes = [
-        pool.context.Process(target=rank_main, args=(rank, ranks, failing, place, words, port, errors), daemon=True)
-        for rank, errors in enumerate(said)
+        pool.context.Process(
+            target=failing_main, args=(rank, ranks, failing, place, words, port, tmp_path), daemon=True
+        )
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()

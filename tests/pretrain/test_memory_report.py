@@ -17,6 +17,7 @@ from pretrain.memory import memory_figures, memory_table
 from tests.distributed import Pool
 from tests.pretrain.support import MODEL, command, metrics, train
 from tests.pretrain.test_data import VOCAB, write_corpus
+from tests.slow import sweep
 
 H = MODEL["hidden_size"]
 LAYER = 2 * H * H + 2 * H * H // 2 + 3 * H * MODEL["ffn_hidden_size"] + 2 * H  # two groups of keys for four heads
@@ -42,7 +43,7 @@ def bytes_of(cell: str) -> list[float]:
     return [float(number) * units[unit] for number, unit in re.findall(r"([\d.]+) (\w+)", cell)]
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", sweep(range(4), {0, 3}))
 def test_a_pipeline_with_data_parallelism(pool: Pool, corpus: str, tmp_path: Path, stage: int) -> None:
     flags: dict[str, Any] = {"data_path": corpus, "metrics": tmp_path / "m.jsonl", "train_iters": 3}
     layout = {"pipeline_model_parallel_size": 2, "pipeline_layers": "3,1", "zero_stage": stage}
@@ -91,20 +92,15 @@ def test_rows_are_pipeline_ranks_with_all_their_stages(pool: Pool, corpus: str, 
         assert measured == predicted
 
 
-OFFLOAD = {"offload_optimizer": "cpu"}
+OFFLOAD, BF16 = {"offload_optimizer": "cpu"}, {"bf16": True}
 
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        {"zero_stage": 1},
-        {"zero_stage": 1, "bf16": True},
-        {"zero_stage": 1, **OFFLOAD},
-        {"zero_stage": 2, "bf16": True},
-        {"zero_stage": 2, **OFFLOAD},
-        {"zero_stage": 3, "bf16": True},
-        {"zero_stage": 3, **OFFLOAD},
-    ],
+    sweep(
+        [{"zero_stage": stage, **more} for stage in (1, 2, 3) for more in ({}, BF16, OFFLOAD)],
+        [{"zero_stage": 1}, {"zero_stage": 2, **OFFLOAD}, {"zero_stage": 3, **BF16}],
+    ),
     ids=str,
 )
 def test_deepspeed(pool: Pool, corpus: str, tmp_path: Path, flags: dict[str, Any]) -> None:

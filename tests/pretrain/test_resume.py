@@ -1,10 +1,12 @@
 """A run that is interrupted and continued, here or on another layout, is the run that never stopped."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,12 @@ from tests.megatron_ext.training import LR, global_batch, share, tiny
 from tests.pretrain.support import assert_equal, curve, metrics, start, stored, train
 from tests.pretrain.support import command as command_of
 from tests.pretrain.test_data import write_corpus
+from tests.slow import sweep
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 NEW_ROWS = {"train_only": "new-rows", "train_output_embeddings": True, "base_vocab_size": 61}
 LORA = {"train_only": "lora", "lora_target_modules": ["k_proj", "o_proj"]}
-ITERS = 8
+ITERS = 4
 Tensors = dict[str, torch.Tensor]
 Named = list[tuple[str, torch.Tensor]]
 
@@ -75,18 +78,18 @@ def test_same_layout_is_bitwise(pool: Pool, corpus: str, tmp_path: Path, ranks: 
     interrupted(pool, ranks, tmp_path, **flags | {"data_path": corpus})
     assert curve(tmp_path / "parts.jsonl") == curve(tmp_path / "whole.jsonl")
     assert_equal(final(tmp_path / "parts"), final(tmp_path / "whole"))
-    assert sorted(os.listdir(tmp_path / "parts")) == ["iter_0000004", "iter_0000008", "latest", "run.yaml"]
+    assert sorted(os.listdir(tmp_path / "parts")) == ["iter_0000002", "iter_0000004", "latest", "run.yaml"]
 
 
-def test_real_processes_are_bitwise_too(pool: Pool, corpus: str, tmp_path: Path) -> None:
+def test_a_real_process_is_bitwise_too(pool: Pool, corpus: str, tmp_path: Path) -> None:
     pool.run(train, 1, command(data_path=corpus, save=tmp_path / "whole", metrics=tmp_path / "whole.jsonl"))
     flags = {"data_path": corpus, "save": tmp_path / "parts", "metrics": tmp_path / "parts.jsonl"}
-    for more in ({"exit_interval": ITERS // 2}, {"load": tmp_path / "parts"}):
-        process = start(command(**flags, **more))
-        output, errors = process.communicate()
-        assert process.returncode == 0, errors
-    assert "continuing from iteration 4" in output
-    assert [record["consumed_samples"] for record in metrics(tmp_path / "parts.jsonl")] == list(range(8, 65, 8))
+    pool.run(train, 1, command(**flags, exit_interval=ITERS // 2))
+    process = start(command(**flags, load=tmp_path / "parts"))
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "continuing from iteration 2" in output
+    assert [record["consumed_samples"] for record in metrics(tmp_path / "parts.jsonl")] == [8, 16, 24, 32]
     assert curve(tmp_path / "parts.jsonl") == curve(tmp_path / "whole.jsonl")
     assert_equal(trained(final(tmp_path / "parts")), trained(final(tmp_path / "whole")))
 
@@ -175,23 +178,38 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 SAVED = (8, {TP: 2, PP: 2, "zero_stage": 1})
 
 
-@pytest.fixture(scope="module", params=[{}, TIED], ids=["", "tied"])
-def saved(request: pytest.FixtureRequest, pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A checkpoint of TP2 x PP2 x DP2, the model's options, and what the ranks that wrote it held."""
-    root = tmp_path_factory.mktemp("saved")
-    options = MODEL | request.param
-    return root, options, agreed(pool.run(save_after_three_steps, SAVED[0], tiny(**options, **SAVED[1]), root))
+# Copies of a tied matrix lie on two ranks, or on two stages of one.
+BY_DEFAULT = {
+    *((False, name) for name in ("TP4", "PP2 DP2 ZeRO-3", "TP2 PP4")),
+    (True, "PP2 zbv DP4 in shards of 2 ZeRO-3"),
+}
+Saved = Callable[[bool], tuple[Path, dict[str, Any], Tensors]]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_resharding_is_bitwise(pool: Pool, saved: Any, name: str) -> None:
-    root, options, held = saved
+@pytest.fixture(scope="module")
+def saved(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """By whether its embeddings are tied: a checkpoint of TP2 x PP2 x DP2, the model's options, and what the ranks that
+    wrote it held."""
+
+    @functools.cache
+    def write(tied: bool) -> tuple[Path, dict[str, Any], Tensors]:
+        root = tmp_path_factory.mktemp("saved")
+        options = MODEL | (TIED if tied else {})
+        return root, options, agreed(pool.run(save_after_three_steps, SAVED[0], tiny(**options, **SAVED[1]), root))
+
+    return write
+
+
+@pytest.mark.parametrize("tied, name", sweep(itertools.product((False, True), LAYOUTS), BY_DEFAULT))
+def test_resharding_is_bitwise(pool: Pool, saved: Saved, tied: bool, name: str) -> None:
+    root, options, held = saved(tied)
     ranks, layout = LAYOUTS[name]
     assert_equal(agreed(pool.run(load, ranks, tiny(**options, **layout), root)), held)
 
 
-def test_what_is_stored_is_what_was_held(saved: Any) -> None:
-    root, options, held = saved
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_stored_is_what_was_held(saved: Saved, tied: bool) -> None:
+    root, options, held = saved(tied)
     assert_equal(trained(final(root)), held)
     parameters = {key.removeprefix("model.") for key in held if key.startswith("model.")}
     assert {"embed_tokens.weight", "layers.3.mlp.down_proj.weight", "norm.weight"} <= parameters
@@ -211,7 +229,7 @@ def train_with_a_slow_disk(arguments: list[str]) -> None:
     original = dcp.FileSystemWriter.write_data
 
     def slow(*args: Any) -> Any:
-        time.sleep(1)
+        time.sleep(0.5)
         return original(*args)
 
     dcp.FileSystemWriter.write_data = slow  # type: ignore[assignment, method-assign]
@@ -219,12 +237,12 @@ def train_with_a_slow_disk(arguments: list[str]) -> None:
 
 
 def test_background_saves_equal_those_that_training_waited_for(pool: Pool, corpus: str, tmp_path: Path) -> None:
-    flags = {"data_path": corpus, "save_interval": 3}
+    flags = {"data_path": corpus, "save_interval": 2, "train_iters": 5}
     pool.run(train, 2, command(**flags, save=tmp_path / "sync", metrics=tmp_path / "sync.jsonl"))
     background = command(**flags, save=tmp_path / "async", metrics=tmp_path / "async.jsonl", async_save=True)
     pool.run(train_with_a_slow_disk, 2, background)
     assert curve(tmp_path / "async.jsonl") == curve(tmp_path / "sync.jsonl")
-    names = ["iter_0000003", "iter_0000006", "iter_0000008"]
+    names = ["iter_0000002", "iter_0000004", "iter_0000005"]
     for folder in ("sync", "async"):
         assert sorted(os.listdir(tmp_path / folder)) == [*names, "latest", "run.yaml"]
     for name in names:
@@ -246,7 +264,7 @@ def train_until_killed(arguments: list[str]) -> None:
 
 
 def test_killed_while_saving(pool: Pool, corpus: str, tmp_path: Path) -> None:
-    flags = {"data_path": corpus, "metrics": tmp_path / "parts.jsonl", "save": tmp_path / "parts"}
+    flags = {"data_path": corpus, "metrics": tmp_path / "parts.jsonl", "save": tmp_path / "parts", "train_iters": 6}
     pool.run(train, 2, command(**flags | {"metrics": tmp_path / "whole.jsonl", "save": tmp_path / "whole"}))
     with pytest.raises(RankError, match="died with exit code -9"):
         pool.run(train_until_killed, 2, command(**flags, save_interval=2))
@@ -256,6 +274,6 @@ def test_killed_while_saving(pool: Pool, corpus: str, tmp_path: Path) -> None:
     with (tmp_path / "parts.jsonl").open("a") as file:
         file.write('{"iteration": 5, "lm_lo')  # torn
     pool.run(train, 2, command(**flags, load=tmp_path / "parts"))
-    assert sorted(os.listdir(tmp_path / "parts")) == ["iter_0000002", "iter_0000008", "latest", "run.yaml"]
+    assert sorted(os.listdir(tmp_path / "parts")) == ["iter_0000002", "iter_0000006", "latest", "run.yaml"]
     assert curve(tmp_path / "parts.jsonl") == curve(tmp_path / "whole.jsonl")
     assert_equal(final(tmp_path / "parts"), final(tmp_path / "whole"))

@@ -16,7 +16,7 @@ from megatron_ext.checkpoint import find_checkpoint, read_manifest
 from pretrain.flags import parse
 from pretrain.stop import StopRequest
 from tests.distributed import Pool
-from tests.pretrain.support import assert_equal, command, curve, metrics, start, stored, train, tree
+from tests.pretrain.support import assert_equal, command, curve, metrics, rank_main, stored, train, tree
 from tests.pretrain.test_data import write_corpus
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
@@ -159,20 +159,26 @@ def test_sigterm_saves_and_ends_well(pool: Pool, corpus: str, tmp_path: Path) ->
     endless = command(**flags, metrics=tmp_path / "m.jsonl", train_iters=100_000)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    ranks = [start(endless, **world, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+        port = free.getsockname()[1]
+    ranks = [
+        pool.context.Process(target=rank_main, args=(rank, 2, port, endless, tmp_path), daemon=True)
+        for rank in range(2)
+    ]
     try:
+        for rank in ranks:
+            rank.start()
         while not (tmp_path / "m.jsonl").is_file() or not (tmp_path / "m.jsonl").read_text():
-            assert all(rank.poll() is None for rank in ranks)
+            assert all(rank.is_alive() for rank in ranks)
             time.sleep(0.05)
-        ranks[1].send_signal(signal.SIGTERM)
-        outputs = [rank.communicate() for rank in ranks]
+        ranks[1].terminate()
+        for rank in ranks:
+            rank.join(120)
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert [rank.exitcode for rank in ranks] == [0, 0], (tmp_path / "stderr0").read_text()
     last = metrics(tmp_path / "m.jsonl")[-1]["iteration"]
-    assert f"stopping at iteration {last} as asked by a signal" in outputs[0][0]
+    assert f"stopping at iteration {last} as asked by a signal" in (tmp_path / "stdout0").read_text()
     assert find_checkpoint(tmp_path / "save").name == f"iter_{last:07d}"
     assert 1 <= last < 100_000
 

@@ -17,6 +17,7 @@ from megatron_ext.mesh import ParallelConfig, build_grid
 from megatron_ext.models import ModelConfig
 from tests.distributed import Pool
 from tests.families import MODELS, make_model, save_model, transformers
+from tests.slow import sweep
 from tests.tools.test_convert_checkpoint import convert
 from tools.conversion.families import FAMILIES, family_for
 from tools.conversion.formats.hf_folder import open_hf
@@ -298,7 +299,7 @@ def save_again(jobs: list[tuple[ModelConfig, Path, Path]], tp: int) -> None:
         CheckpointWriter(end, engine).save(manifest, {})
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3, 8])
+@pytest.mark.parametrize("tp", sweep((1, 2, 3, 8), {3}))
 def test_any_vocabulary_at_any_degree_without_padding(tp: int, pool: Pool, tmp_path: Path) -> None:
     jobs = []
     for size in SIZES:
