@@ -122,10 +122,10 @@ def test_a_failure_on_the_way_leaves_nothing(folder: Path) -> None:
 
 @pytest.mark.parametrize("nodes", sweep((1, 2), {1}))
 def test_both_stages(folder: Path, nodes: int) -> None:
-    """A pass over the corpus each: with two tensor-parallel ranks, then with one, or as a pipeline of two nodes."""
+    """A pass over the corpus each: with one rank, or with two tensor-parallel ones and as a pipeline of two nodes."""
     out = folder / f"on-{nodes}"
     shutil.copytree(folder / "expanded", out, ignore=LATER_STAGES)
-    run(folder, EMBEDDINGS, OUTPUT=out)
+    run(folder, EMBEDDINGS, OUTPUT=out, GPUS_PER_NODE=nodes, TP=nodes)
     tokens = json.loads((out / "corpus.json").read_text())["tokens"]
     steps = int(tokens * 0.969 / (LENGTH * BATCH)) + 1
     assert [record["iteration"] for record in metrics(out / "1-embeddings.jsonl")] == [*range(1, steps + 1)]

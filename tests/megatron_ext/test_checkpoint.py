@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megatron_ext.mesh import build_grid
 from tests.distributed import Pool
 from tests.megatron_ext.test_checkpoint_directory import manifest
 from tests.megatron_ext.training import LR, global_batch, share, tiny
+from tests.slow import sweep
 
 
 def build(config: EngineConfig | None = None) -> Engine:
@@ -73,10 +75,15 @@ def save_on_a_full_disk(root: Path, background: bool, failure: str) -> tuple[str
     return message, remains
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["", "in the background"])
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize(
+    "failure, background",
+    sweep(
+        itertools.product(FAILURES, (False, True)),
+        {("a rank's tensors", True), ("the small files", False), ("the manifest", True)},
+    ),
+)
 def test_a_failed_write_is_told_to_every_rank_and_leaves_nothing(
-    pool: Pool, tmp_path: Path, background: bool, failure: str
+    pool: Pool, tmp_path: Path, failure: str, background: bool
 ) -> None:
     for message, remains in pool.run(save_on_a_full_disk, 2, tmp_path, background, failure, timeout=60):
         assert message.startswith(f"--save {tmp_path}: the checkpoint could not be written (")
@@ -109,9 +116,11 @@ def save_and_watch_hashing(root: Path, config: EngineConfig, background: bool) -
     return read_again
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["", "in the background"])
-@pytest.mark.parametrize("layout", DIGESTED)
-def test_every_rank_hashes_what_it_writes(pool: Pool, tmp_path: Path, background: bool, layout: str) -> None:
+@pytest.mark.parametrize(
+    "layout, background",
+    sweep(itertools.product(DIGESTED, (False, True)), {("tp, ZeRO-3", True), ("pp, tied", False)}),
+)
+def test_every_rank_hashes_what_it_writes(pool: Pool, tmp_path: Path, layout: str, background: bool) -> None:
     read_again = pool.run(save_and_watch_hashing, 4, tmp_path, tiny(**DIGESTED[layout]), background, timeout=60)
     assert read_again == [[".metadata", "run.yaml"], [], [], []]
     checkpoint = find_checkpoint(tmp_path)
@@ -168,7 +177,11 @@ def whole_states(engine: Engine) -> dict[tuple[str, str], torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("saved, loaded", [(OFFLOADED, RESIDENT), (RESIDENT, OFFLOADED)], ids=["to host", "from host"])
+@pytest.mark.parametrize(
+    "saved, loaded",
+    sweep([(OFFLOADED, RESIDENT), (RESIDENT, OFFLOADED)], [(RESIDENT, OFFLOADED)]),
+    ids=["to host", "from host"],
+)
 def test_a_checkpoint_does_not_know_where_the_states_were(
     pool: Pool, tmp_path: Path, saved: dict[str, Any], loaded: dict[str, Any]
 ) -> None:

@@ -120,9 +120,7 @@ def exact_norm(pool: Pool) -> float:
     return norm
 
 
-@pytest.mark.parametrize(
-    "engine", [pytest.param(name, marks=[pytest.mark.slow] if "ZeRO-3" in name else []) for name in LONG_SUMS]
-)
+@pytest.mark.parametrize("engine", sweep(LONG_SUMS, {"torch", "deepspeed"}))
 def test_the_norm_of_a_long_gradient_is_exact_in_float32(pool: Pool, exact_norm: float, engine: str) -> None:
     if engine.startswith("deepspeed"):
         pytest.importorskip("deepspeed")

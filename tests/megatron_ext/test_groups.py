@@ -45,7 +45,7 @@ def groups_of_a_run(config: EngineConfig, folder: Path) -> tuple[list[list[int]]
     "options",
     [
         {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "zero_stage": 3},
-        {"zero_stage": 2, "zero_shard_size": 4},
+        pytest.param({"zero_stage": 2, "zero_shard_size": 4}, marks=pytest.mark.slow),
         pytest.param(
             {"tensor_model_parallel_size": 2, "zero_stage": 3, "zero_engine": "deepspeed"}, marks=needs_deepspeed
         ),

@@ -98,8 +98,8 @@ def try_to_meet(world_size: int, port: int, ranks: list[int], seconds: float) ->
     "world_size, ranks, seconds, expected",
     [
         (2, [0, 1], 60, ["met", "met"]),
-        (4, [0, 2], 8, ["of WORLD_SIZE 4 ranks these did not come within 0.133 minutes: 1, 3"] * 2),
-        (3, [1], 2, ["rank 1 reaches nobody there within 0.0333 minutes"]),
+        (4, [0, 2], 5, ["of WORLD_SIZE 4 ranks these did not come within 0.0833 minutes: 1, 3"] * 2),
+        (3, [1], 1, ["rank 1 reaches nobody there within 0.0167 minutes"]),
     ],
 )
 def test_who_is_missing(pool: Pool, world_size: int, ranks: list[int], seconds: float, expected: list[str]) -> None:

@@ -76,9 +76,9 @@ CASES: dict[str, Layout] = {
 }
 # What is left here are the combinations that have bitten someone.
 BY_DEFAULT = {
-    *("TP2 PP3, new rows", "TP2 PP3, lora", "PP2 DP2 ZeRO-1, embeddings", "PP2 DP2 ZeRO-2, new rows"),
-    *("PP2 DP2 ZeRO-3, lora", "TP2 DP2 ZeRO-3, new rows", "DP4 in shards of 2, ZeRO-2, new rows"),
-    *("PP2 zero-bubble, lora", "PP2 DP2 zbv ZeRO-3, last layer", "PP2 DP2 zbv ZeRO-1, tied, input embedding"),
+    *("TP2 PP3, new rows", "PP2 DP2 ZeRO-3, lora", "TP2 DP2 ZeRO-3, new rows"),
+    *("DP4 in shards of 2, ZeRO-2, new rows", "PP2 zero-bubble, lora", "PP2 DP2 zbv ZeRO-3, last layer"),
+    "PP2 DP2 zbv ZeRO-1, tied, input embedding",
 }
 assert CASES.keys() >= BY_DEFAULT
 
@@ -261,11 +261,11 @@ def bytes_held(config: Any) -> dict[str, int]:
     return held
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", sweep(range(4), {0, 3}))
 def test_frozen_weights_have_neither_gradients_nor_moments(pool: Pool, zero: int) -> None:
     """A pipeline of three, of which the middle stage has nothing to train; old rows have no moments either."""
     options = ONLY["new rows"] | {"pipeline_model_parallel_size": 3, "zero_stage": zero, "micro_batch_size": 2}
-    held = pool.run(bytes_held, 6, tiny(pipeline_layers=(1, 2, 1), **options))
+    held = pool.pretend(bytes_held, 6, tiny(pipeline_layers=(1, 2, 1), **options), ranks=range(6))
     matrix, new = 4 * 96 * 32, 4 * (96 - BASE) * 32
     share_of = 1 if zero == 0 else 2
     for stage in (held[0:2], held[4:6]):

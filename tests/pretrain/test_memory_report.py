@@ -76,7 +76,7 @@ def test_a_pipeline_with_data_parallelism(pool: Pool, corpus: str, tmp_path: Pat
 @pytest.mark.parametrize(
     "layout",
     [
-        {"train_only": "lora", "tensor_model_parallel_size": 2},
+        pytest.param({"train_only": "lora", "tensor_model_parallel_size": 2}, marks=pytest.mark.slow),
         {"no_untie_embeddings_and_output_weights": True, "bf16": True},
         {"train_only": "new-rows", "base_vocab_size": 64, "zero_stage": 0},
     ],

@@ -67,7 +67,7 @@ def interrupted(pool: Pool, ranks: int, folder: Path, **flags: Any) -> None:
     "ranks, flags",
     [
         pytest.param(2, {"zero_stage": 2}, id="DP2 ZeRO-2", marks=pytest.mark.slow),
-        pytest.param(4, {TP: 2, PP: 2, "sequence_parallel": True}, id="TP2 SP PP2"),
+        pytest.param(4, {TP: 2, PP: 2, "sequence_parallel": True}, id="TP2 SP PP2", marks=pytest.mark.slow),
         pytest.param(4, {PP: 2, "pipeline_schedule": "zbv", "zero_stage": 3}, id="PP2 zbv DP2 ZeRO-3"),
         pytest.param(4, {TP: 2, "zero_stage": 3} | NEW_ROWS, id="TP2 DP2 ZeRO-3, new rows", marks=pytest.mark.slow),
         pytest.param(2, {TP: 2, "lora_dropout": 0.2} | LORA, id="TP2, LoRA with dropout", marks=pytest.mark.slow),
@@ -97,24 +97,25 @@ def test_a_real_process_is_bitwise_too(pool: Pool, corpus: str, tmp_path: Path) 
 # Another layout
 
 
-@pytest.mark.parametrize(
-    "first, second, only",
-    [
-        ((4, {TP: 2, PP: 2}), (2, {"zero_stage": 3}), {}),
-        ((1, {}), (8, {TP: 2, PP: 2, "zero_stage": 2, "sequence_parallel": True}), {}),
-        ((4, {TP: 2, "zero_stage": 2}), (2, {PP: 2, "pipeline_schedule": "zbv"}), NEW_ROWS),
-        ((4, {PP: 2, "zero_stage": 3}), (2, {TP: 2}), {"lora_dropout": 0} | LORA),
-    ],
-    ids=[
-        "TP2 PP2 to DP2 ZeRO-3",
-        "one process to TP2 PP2 DP2 ZeRO-2",
-        "TP2 DP2 ZeRO-2 to PP2 zbv, new rows",
-        "PP2 DP2 ZeRO-3 to TP2, LoRA",
-    ],
-)
-def test_another_layout_continues_the_curve(
-    pool: Pool, corpus: str, tmp_path: Path, first: Any, second: Any, only: dict[str, Any]
-) -> None:
+MOVES: dict[str, tuple[tuple[int, dict[str, Any]], tuple[int, dict[str, Any]], dict[str, Any]]] = {
+    "TP2 PP2 to DP2 ZeRO-3": ((4, {TP: 2, PP: 2}), (2, {"zero_stage": 3}), {}),
+    "one process to TP2 PP2 DP2 ZeRO-2": (
+        (1, {}),
+        (8, {TP: 2, PP: 2, "zero_stage": 2, "sequence_parallel": True}),
+        {},
+    ),
+    "TP2 DP2 ZeRO-2 to PP2 zbv, new rows": (
+        (4, {TP: 2, "zero_stage": 2}),
+        (2, {PP: 2, "pipeline_schedule": "zbv"}),
+        NEW_ROWS,
+    ),
+    "PP2 DP2 ZeRO-3 to TP2, LoRA": ((4, {PP: 2, "zero_stage": 3}), (2, {TP: 2}), {"lora_dropout": 0} | LORA),
+}
+
+
+@pytest.mark.parametrize("name", sweep(MOVES, {"TP2 PP2 to DP2 ZeRO-3", "PP2 DP2 ZeRO-3 to TP2, LoRA"}))
+def test_another_layout_continues_the_curve(pool: Pool, corpus: str, tmp_path: Path, name: str) -> None:
+    first, second, only = MOVES[name]
     flags: dict[str, Any] = {"data_path": corpus, "params_dtype": "float64"} | only
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     pool.run(train, 1, command(**flags, save=whole, metrics=tmp_path / "whole.jsonl"))

@@ -36,6 +36,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_opt_66b_on_three_nodes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """64 layers on 24 GPUs: a layout that uses them all, and a script that pretrain accepts."""
     script = tmp_path / "opt.sh"

@@ -308,6 +308,7 @@ def deep(layers: int) -> ModelConfig:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak is read from Linux")
+@pytest.mark.slow
 def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
     for layers in (2, 12):
         weights = random_weights(deep(layers))

@@ -202,6 +202,7 @@ print(mebibytes("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux tells it")
+@pytest.mark.slow
 def test_memory_is_that_of_a_piece(tmp_path: Path) -> None:
     """A file of ten pieces of 40 MiB is read with less than two of them in memory."""
     torch.save({"first": torch.ones(24576, 2048), "second": torch.ones(24576, 2048)}, tmp_path / FILE)
