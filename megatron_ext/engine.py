@@ -273,9 +273,9 @@ class Engine:
     def evaluate(self, batches: Iterable[Batch]) -> torch.Tensor:
         """Mean loss over the (unmasked) tokens of all batches, at least one, without training on them.
 
-        Returns a float64 scalar on the device, equal on every rank; 0 if all is masked.
+        Returns a float64 scalar on the device, equal on every rank: NaN if all is masked, else infinite if not finite.
         """
         sums = torch.stack([self.pipeline.evaluate(batch) for batch in batches]).sum(0)
         dist.all_reduce(sums)
         loss, tokens = sums
-        return torch.where(tokens == 0, 0.0, loss / tokens)
+        return torch.where(tokens == 0, torch.nan, torch.nan_to_num(loss / tokens, torch.inf, torch.inf))

@@ -7,6 +7,7 @@ import typing
 from typing import Any
 
 from megatron_ext.errors import RequestError
+from megatron_ext.option import flag_of
 
 _LARGEST = 2**31 - 1  # sizes are C ints somewhere
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -48,4 +49,4 @@ def _is_a(kind: Any, value: Any) -> bool:
 def _said(name: str, value: Any) -> str:
     """The flag and its value, on one line whatever the value is."""
     text = " ".join(str(value).split())
-    return f"--{name.replace('_', '-')} {text if len(text) <= 80 else text[:80] + '...'}"
+    return f"{flag_of(name)} {text if len(text) <= 80 else text[:80] + '...'}"

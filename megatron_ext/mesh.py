@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_ext.errors import RequestError
 from megatron_ext.launch import read_launch
-from megatron_ext.option import option
+from megatron_ext.option import flag_of, option
 from megatron_ext.rendezvous import meet
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
@@ -47,7 +47,7 @@ class ParallelConfig:
         """Data-parallel degree at `world_size` ranks. Raises RequestError where the degrees do not fit."""
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
             if getattr(self, name) < 1:
-                raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+                raise RequestError(f"{flag_of(name)} {getattr(self, name)}: must be at least 1")
         if not 1 <= self.distributed_timeout_minutes <= _LONGEST_TIMEOUT:
             raise RequestError(
                 f"--distributed-timeout-minutes {self.distributed_timeout_minutes}: must be from 1 to "

@@ -15,7 +15,7 @@ from megatron_ext.checkpoint.lock import FolderLock
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.expand import METHODS
-from megatron_ext.option import option, refuse_unused
+from megatron_ext.option import field_of, flag_of, option, refuse_unused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class CheckpointConfig:
         if self.save is None:
             for name in ("save_interval", "async_save"):
                 if getattr(self, name):
-                    raise RequestError(f"--{name.replace('_', '-')} needs --save")
+                    raise RequestError(f"{flag_of(name)} needs --save")
         if self.save_interval is not None and self.save_interval < 1:
             raise RequestError(f"--save-interval {self.save_interval}: must be at least 1")
         self._validate_start()
@@ -100,6 +100,8 @@ class CheckpointConfig:
         """Raise RequestError where checkpoints that are there would be mixed with another run's, or written over."""
         if (save / MANIFEST).exists():
             raise RequestError(f"--save {save} is a checkpoint itself: give the folder that it is in")
+        if (save / LATEST).is_dir():
+            raise RequestError(f"--save {save}: its '{LATEST}' is a folder and cannot be written: move it away")
         if not self.continues_in_place:
             base = self.pretrained_checkpoint or (self.load if self.finetune else None)
             again = "" if base is None else f" --pretrained-checkpoint {base}"
@@ -173,7 +175,7 @@ class CheckpointConfig:
     def overridden(self) -> frozenset[str]:
         """Fields of the model that need not be the checkpoint's. Raises RequestError for what is none."""
         known = {field.name for field in dataclasses.fields(ModelConfig)}
-        names = [name.removeprefix("--").replace("-", "_") for name in self.override_checkpoint_args]
+        names = [field_of(name) for name in self.override_checkpoint_args]
         for name in names:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)

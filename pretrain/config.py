@@ -10,7 +10,7 @@ from megatron_ext.launch import world_size_from_environment
 from megatron_ext.mesh import ParallelConfig
 from megatron_ext.models import ModelConfig
 from megatron_ext.optim import OptimizerConfig, PrecisionConfig, TrainableConfig
-from megatron_ext.option import option, refuse_unused
+from megatron_ext.option import flag_of, option, refuse_unused
 from megatron_ext.pipeline import PipelineConfig
 from megatron_ext.tensor_parallel import LoraConfig
 from megatron_ext.zero import ZeroConfig
@@ -32,7 +32,7 @@ class TrainingConfig:
         for name in ("train_iters", "exit_interval", "eval_interval", "eval_iters"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise RequestError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+                raise RequestError(f"{flag_of(name)} {value}: must be at least 1")
         if self.eval_interval is None:
             refuse_unused(self, ("eval_iters",), "--eval-interval")
         if not 0 <= self.seed < 2**32:

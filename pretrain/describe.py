@@ -10,6 +10,7 @@ from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models import parameter_shapes
 from megatron_ext.optim.trainable import describe as describe_selections
 from megatron_ext.optim.trainable import select
+from megatron_ext.option import flag_of
 from pretrain.checkpoints import Start
 from pretrain.config import RunConfig
 
@@ -70,7 +71,7 @@ def describe_limits(config: RunConfig, valid_samples: int) -> list[str]:
     assert training.train_iters is not None
     for name, (interval, instead) in intervals.items():
         if interval is not None and interval > training.train_iters:
-            flag = f"--{name.replace('_', '-')} {interval}"
+            flag = f"{flag_of(name)} {interval}"
             lines.append(f"{flag} is beyond the run's --train-iters {training.train_iters}: {instead}")
     assert config.batch.global_batch_size is not None
     needed = training.eval_iters * config.batch.global_batch_size

@@ -22,7 +22,7 @@ from megatron_ext.checkpoint import model_of, read_manifest
 from megatron_ext.checkpoint.directory import MANIFEST
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, preset, preset_names
-from megatron_ext.option import refuse_unused
+from megatron_ext.option import field_of, flag_of, refuse_unused
 from pretrain.checkpoints import CheckpointConfig
 from pretrain.config import RunConfig
 from pretrain.data.tokenizer_file import read_tokenizer
@@ -52,7 +52,7 @@ class Flag:
 
     @property
     def spelled(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return flag_of(self.name)
 
     def read(self, value: Any) -> Any:
         """A value from YAML or the command line, as the field's type; RequestError where it is none."""
@@ -223,7 +223,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         raise RequestError(f"--config {file}: not valid YAML ({reason})") from error
     if not isinstance(content, dict):
         raise RequestError(f"--config {file}: must be a mapping of flag names to values")
-    settings = {str(key).replace("-", "_"): value for key, value in content.items()}
+    settings = {field_of(str(key)): value for key, value in content.items()}
     known = {*all_flags(), "model", "use_checkpoint_args"}
     for name in settings:
         if name not in known:
@@ -287,7 +287,7 @@ def _model(
         kept = {key: value for key, value in dataclasses.asdict(stored).items() if key not in overridden}
         values = kept | values
     needed = [field.name for field in dataclasses.fields(ModelConfig) if field.default is dataclasses.MISSING]
-    missing = ["--" + key.replace("_", "-") for key in needed if values.get(key) is None]
+    missing = [flag_of(key) for key in needed if values.get(key) is None]
     if missing:
         raise RequestError(
             f"{', '.join(missing)} missing: give them, or --model NAME (--help lists the names), or --load a "

@@ -8,7 +8,7 @@ from megatron_ext.checkpoint import check_compatible, check_trained, read_manife
 from megatron_ext.checkpoint.metadata import TensorReader
 from megatron_ext.checkpoint.save import check_writable
 from megatron_ext.errors import RequestError
-from megatron_ext.option import refuse_unused
+from megatron_ext.option import flag_of, refuse_unused
 from pretrain.config import RunConfig
 from pretrain.data import check_data
 from pretrain.resize import plan_expansion
@@ -50,7 +50,7 @@ def validate(config: RunConfig) -> None:
     for name in ("tensorboard_dir", "wandb_save_dir"):
         folder = getattr(config.logging, name)
         if folder is not None:
-            check_writable(folder, "--" + name.replace("_", "-"))
+            check_writable(folder, flag_of(name))
     if config.logging.metrics is not None and not os.access(os.path.dirname(config.logging.metrics) or ".", os.W_OK):
         raise RequestError(f"--metrics {config.logging.metrics}: its folder is not writable")
 

@@ -21,6 +21,7 @@ import torch
 from megatron_ext.errors import RequestError
 from megatron_ext.models.decoder import Decoder, whole_model
 from megatron_ext.models.names import EMBEDDING, HEAD
+from megatron_ext.option import flag_of
 from tokenizer.documents import read_documents
 from tokenizer.errors import TokenizerError
 from tokenizer.interface import Tokenizer
@@ -96,7 +97,7 @@ def work(options: argparse.Namespace) -> int:
     folder = Path(options.hf)
     for name in ("max_tokens", "new_tokens"):
         if getattr(options, name) < 1:
-            raise RequestError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+            raise RequestError(f"{flag_of(name)} {getattr(options, name)}: must be at least 1")
     if not folder.is_dir():
         raise RequestError(f"--hf {folder}: no such folder")
     text = first_document(Path(options.text))

@@ -36,6 +36,7 @@ import torch
 
 from megatron_ext.errors import RequestError
 from megatron_ext.models.expand import METHODS
+from megatron_ext.option import flag_of
 from tools.command import Parser, run_to_write
 from tools.conversion.changes.cast import CastWeights
 from tools.conversion.changes.resize import Resized, resize, write_report
@@ -188,7 +189,7 @@ def _check_flags(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None and getattr(options, side) != form:
             preposition = {"source": "from", "target": "to"}[side]
             raise RequestError(
-                f"--{name.replace('_', '-')} has no effect with --{preposition} {getattr(options, side)}: "
+                f"{flag_of(name)} has no effect with --{preposition} {getattr(options, side)}: "
                 f"it belongs to --{preposition} {form}"
             )
     if options.max_shard_gb is not None and not 0 < options.max_shard_gb * 1e9 < math.inf:
@@ -198,11 +199,11 @@ def _check_flags(options: argparse.Namespace) -> None:
             raise RequestError(f"--from {options.source} --to peft: adapters are exported from native checkpoints only")
         for name in ("tokenizer", "dtype", "embedding_init", "change_tokenizer"):
             if getattr(options, name) not in (None, False):
-                raise RequestError(f"--{name.replace('_', '-')} has no effect with --to peft")
+                raise RequestError(f"{flag_of(name)} has no effect with --to peft")
     if options.embedding_init is None:
         for name in ("base_tokenizer", "embedding_norm_correction", "seed"):
             if getattr(options, name) not in (None, False):
-                raise RequestError(f"--{name.replace('_', '-')} has no effect without --embedding-init")
+                raise RequestError(f"{flag_of(name)} has no effect without --embedding-init")
         if options.change_tokenizer and options.tokenizer is None:
             raise RequestError("--change-tokenizer needs --tokenizer: the model's tokenizer from now on")
         return
@@ -210,8 +211,8 @@ def _check_flags(options: argparse.Namespace) -> None:
         raise RequestError("--change-tokenizer has no effect with --embedding-init, which changes it too")
     for name, what in (("base_tokenizer", "that the model has"), ("tokenizer", "that it is to have")):
         if getattr(options, name) is None:
-            flag = name.replace("_", "-")
-            raise RequestError(f"--embedding-init {options.embedding_init} needs --{flag}: the tokenizer {what}")
+            asked = f"--embedding-init {options.embedding_init}"
+            raise RequestError(f"{asked} needs {flag_of(name)}: the tokenizer {what}")
     if options.seed is not None and not 0 <= options.seed < 2**32:
         raise RequestError(f"--seed {options.seed}: must be from 0 to 2**32 - 1")
 
@@ -227,7 +228,7 @@ def _check_changes(options: argparse.Namespace, source: Source) -> None:
     changes = ["dtype", "embedding_init", *(name for name, (_, form) in _OF_ONE_FORM.items() if form == options.source)]
     changes.append("tokenizer")
     if options.source == options.target and all(getattr(options, name) is None for name in changes):
-        *flags, last = (f"--{name.replace('_', '-')}" for name in changes)
+        *flags, last = (flag_of(name) for name in changes)
         way = f"--from {options.source} --to {options.target}"
         raise RequestError(f"{way}: nothing to convert without {', '.join(flags)} or {last}")
 

@@ -12,6 +12,7 @@ from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, parameter_shapes
 from megatron_ext.models.expand import Expansion
 from megatron_ext.optim import TrainableConfig
+from megatron_ext.option import flag_of
 from megatron_ext.tensor_parallel import LoraConfig
 
 _FREE_FIELDS = frozenset({"init_method_std"})  # says how new parameters begin, nothing of those that are there
@@ -53,7 +54,7 @@ def check_compatible(
         return
     says = "; ".join(
         f"{name} {getattr(stored, name)}, the run asks for {getattr(model.resolved(), name)} "
-        f"(--{name.replace('_', '-')})"
+        f"({flag_of(name)})"
         for name in wrong
     )
     remedy = ""
@@ -91,7 +92,7 @@ def check_trained(
         name = next(name for name in wanted if trainable[name] != wanted[name])
         raise RequestError(
             f"{flag} {checkpoint}: it was trained with {name} {trainable[name]}, the run asks for {wanted[name]} "
-            f"(--{name.replace('_', '-')}): keep it, or start from the weights alone with --finetune"
+            f"({flag_of(name)}): keep it, or start from the weights alone with --finetune"
         )
     if manifest.lora is None:
         return
@@ -106,7 +107,7 @@ def check_trained(
         if stored[name] != value and name not in _FREE_LORA_FIELDS:
             raise RequestError(
                 f"{flag} {checkpoint}: its adapters have {name} {stored[name]}, the run asks for {value} "
-                f"(--{name.replace('_', '-')})"
+                f"({flag_of(name)})"
             )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_ext.errors import RequestError
 from megatron_ext.kinds import check_kinds
-from megatron_ext.option import option, refuse_unused
+from megatron_ext.option import flag_of, option, refuse_unused
 
 ACTIVATIONS = ("swiglu", "gelu", "gelu-tanh", "relu")
 _MOST_LAYERS = 10_000
@@ -97,12 +97,12 @@ class ModelConfig:
         for name in (*sizes, "num_query_groups", "kv_channels", *lengths):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise RequestError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+                raise RequestError(f"{flag_of(name)} {value}: must be at least 1")
         if self.num_layers > _MOST_LAYERS:
             raise RequestError(f"--num-layers {self.num_layers}: must be at most {_MOST_LAYERS}")
         for name in ("norm_epsilon", "rotary_base", "rope_scaling_factor", "init_method_std"):
             if getattr(self, name) <= 0:
-                raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+                raise RequestError(f"{flag_of(name)} {getattr(self, name)}: must be above 0")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise RequestError(
                 f"--hidden-size {self.hidden_size} is not a multiple of --num-attention-heads "
@@ -125,6 +125,8 @@ class ModelConfig:
             return
         if self.rope_scaling == "none":
             refuse_unused(self, ("rope_scaling_factor",), "--rope-scaling linear or llama3")
+        elif self.rope_scaling == "linear" and self.rope_scaling_factor == 1:
+            raise RequestError("--rope-scaling linear has no effect with --rope-scaling-factor 1: give the factor")
         elif self.rope_scaling == "llama3" and not 0 < self.rope_low_freq_factor < self.rope_high_freq_factor:
             raise RequestError(
                 f"--rope-low-freq-factor {self.rope_low_freq_factor}: must be above 0 and below "

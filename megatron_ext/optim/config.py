@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from megatron_ext.errors import RequestError
-from megatron_ext.option import option, refuse_unused
+from megatron_ext.option import flag_of, option, refuse_unused
 
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 WSD_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
@@ -36,11 +36,11 @@ class OptimizerConfig:
             raise RequestError(f"--min-lr {self.min_lr} is larger than --lr {self.lr}")
         for name in ("lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "lr_warmup_init"):
             if getattr(self, name) < 0:
-                raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+                raise RequestError(f"{flag_of(name)} {getattr(self, name)}: must not be negative")
             _require_float32(self, name)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be in [0, 1)")
+                raise RequestError(f"{flag_of(name)} {getattr(self, name)}: must be in [0, 1)")
         _require_positive(self, "adam_eps")  # else what never had a gradient is divided by 0
         if self.lr * self.weight_decay >= 1:
             raise RequestError(
@@ -52,7 +52,7 @@ class OptimizerConfig:
     def _validate_schedule(self, train_iters: int) -> None:
         for name in ("lr_decay_iters", "lr_wsd_decay_iters"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+                raise RequestError(f"{flag_of(name)} {getattr(self, name)}: must be at least 1")
         end = self.lr_decay_iters or train_iters
         if self.lr_warmup_iters > end:
             raise RequestError(f"--lr-warmup-iters {self.lr_warmup_iters} is beyond the end of the decay ({end})")
@@ -118,7 +118,7 @@ class PrecisionConfig:
             value = getattr(self, name)
             if not 1 <= value < _MOST_COUNTED or value != int(value):
                 raise RequestError(
-                    f"--{name.replace('_', '-')} {value}: must be a whole number from 1 to {_MOST_COUNTED - 1}"
+                    f"{flag_of(name)} {value}: must be a whole number from 1 to {_MOST_COUNTED - 1}"
                 )
 
     @property
@@ -134,7 +134,7 @@ def _require_float32(config: Any, name: str) -> None:
     """Raise RequestError where a number is none or beyond float32: there it would become one that is not finite."""
     value = getattr(config, name)
     if not abs(value) <= torch.finfo(torch.float32).max:
-        raise RequestError(f"--{name.replace('_', '-')} {value}: must be a number that float32 has")
+        raise RequestError(f"{flag_of(name)} {value}: must be a number that float32 has")
 
 
 def _require_positive(config: Any, name: str, remedy: str = "") -> None:
@@ -143,4 +143,4 @@ def _require_positive(config: Any, name: str, remedy: str = "") -> None:
     _require_float32(config, name)
     if not value >= least:
         bound = "above 0" if value <= 0 else f"at least {least:.2g}, or float32 makes it 0"
-        raise RequestError(f"--{name.replace('_', '-')} {value}: must be {bound}{remedy}")
+        raise RequestError(f"{flag_of(name)} {value}: must be {bound}{remedy}")

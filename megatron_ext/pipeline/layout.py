@@ -6,7 +6,7 @@ import functools
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, StageSpec
 from megatron_ext.models.count import matmul_parameters_per_layer, parameters_per_layer
-from megatron_ext.option import option
+from megatron_ext.option import flag_of, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +57,7 @@ def plan_stages(config: PipelineConfig, model: ModelConfig, pp: int, n_microbatc
     if pp == 1:
         for name in ("pipeline_schedule", "num_virtual_stages_per_pipeline_rank", "pipeline_layers"):
             if getattr(config, name) is not None:
-                flag = name.replace("_", "-")
-                raise RequestError(f"--{flag} needs --pipeline-model-parallel-size of at least 2")
+                raise RequestError(f"{flag_of(name)} needs --pipeline-model-parallel-size of at least 2")
         return StageLayout("none", (StageSpec(0, model.num_layers, True, True),), (0,))
     schedule = config.pipeline_schedule or "1f1b"
     per_rank = _stages_per_rank(schedule, config.num_virtual_stages_per_pipeline_rank)

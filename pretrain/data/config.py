@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_ext.option import option
+from megatron_ext.option import flag_of, option
 
 
 @dataclass(frozen=True)
@@ -34,4 +34,4 @@ class DataConfig:
     def eod_flags(self) -> list[str]:
         """The flags given that work by finding end-of-document tokens."""
         names = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
-        return ["--" + name.replace("_", "-") for name in names if getattr(self, name)]
+        return [flag_of(name) for name in names if getattr(self, name)]

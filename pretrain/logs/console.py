@@ -35,10 +35,10 @@ class Console:
             self.say(self._line(record | self._means()))
             self._since_last_line.clear()
         if "valid_loss" in record:
-            self.say(
-                f" validation loss at iteration {iteration} | lm loss value: {record['valid_loss']:.6E} | "
-                f"lm loss PPL: {math.exp(min(record['valid_loss'], 80.0)):.6E}"
-            )
+            loss = record["valid_loss"]
+            said = f"lm loss value: {loss:.6E} | lm loss PPL: {math.exp(min(loss, 80.0)):.6E}"
+            said = "no token counted" if math.isnan(loss) else said
+            self.say(f" validation loss at iteration {iteration} | {said}")
 
     def _means(self) -> Record:
         """Speed over the iterations since the last line, which is steadier than the last iteration's."""

@@ -99,6 +99,7 @@ FLAGS: list[tuple[str, dict[str, Any], int]] = [
     ("--deepspeed-config c.bin has no effect without --zero-engine deepspeed", {"deepspeed_config": "c.bin"}, 1),
     ("--zero-shard-size 2 has no effect without --zero-stage 1", {"zero_shard_size": 2, "zero_stage": 0}, 4),
     ("--rope-scaling-factor 8.0 has no effect without --rope-scaling", {"rope_scaling_factor": 8}, 1),
+    ("--rope-scaling linear has no effect with --rope-scaling-factor 1", {"rope_scaling": "linear"}, 1),
     ("--rope-low-freq-factor 2.0 has no effect without --rope-scaling llama3", {"rope_low_freq_factor": 2}, 1),
     ("--loss-scale 128.0 has no effect without --fp16", {"loss_scale": 128}, 1),
     ("--hysteresis 4 has no effect without --fp16", {"hysteresis": 4, "bf16": True}, 1),

@@ -188,6 +188,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "override_checkpoint_args": ["rotary-bas"]
     },
     "it has no 'latest'; iter_0000003: unreadable manifest.json": {"load": "lost", "save": "lost"},
+    "--save odd: its 'latest' is a folder and cannot be written": {"load": "odd", "save": "odd"},
 }
 
 
@@ -196,6 +197,9 @@ def test_a_folder_with_checkpoints_is_never_begun_anew(here: Path, message: str)
     for iteration in (2, 4):
         write(here / "run", iteration, ModelConfig(**MODEL | UNUSUAL))
     (here / "lost" / "iter_0000003").mkdir(parents=True)
+    write(here / "odd", 1, ModelConfig(**MODEL | UNUSUAL))
+    (here / "odd/latest").unlink()
+    (here / "odd/latest").mkdir()
     with pytest.raises(RequestError) as error:
         parse(command(**{"save": "run"} | REFUSED[message])).checkpoint.validate()
     assert message in str(error.value)

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_ext.engine import EngineConfig
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import ParallelConfig
+from megatron_ext.option import field_of, flag_of
 from megatron_ext.pipeline import PipelineConfig
 from megatron_ext.planner.cluster import Cluster
 from megatron_ext.planner.gpus import Gpu, gpu_named
@@ -61,7 +62,7 @@ def read_run(options: argparse.Namespace, gpu: Gpu) -> Planned:
     file, given = read_settings(options.rest, options.own)
     for name in given:
         if name in _OF_A_RUN:
-            raise RequestError(f"--{name.replace('_', '-')} says nothing about a layout: leave it to pretrain")
+            raise RequestError(f"{flag_of(name)} says nothing about a layout: leave it to pretrain")
     if layout is None:
         file = {name: value for name, value in file.items() if name not in _LAYOUT}
     elif layout != "given":
@@ -99,7 +100,7 @@ def _read_layout(text: str) -> dict[str, Any]:
     flags = all_flags()
     for part in text.split(","):
         key, equals, value = part.partition("=")
-        name = _SHORT.get(key.strip(), key.strip().replace("-", "_"))
+        name = _SHORT.get(key.strip(), field_of(key.strip()))
         if not equals or name not in flags or flags[name].group not in LAYOUT_GROUPS:
             raise RequestError(
                 f"--layout {text}: {part!r} is not KEY=VALUE with one of {', '.join(_SHORT)}, or the name of another "
@@ -122,7 +123,7 @@ def _read_layout(text: str) -> dict[str, Any]:
 def _read(name: str, value: Any) -> Any:
     found = all_flags()[name].read(value)
     if isinstance(found, int) and not isinstance(found, bool) and found < 1 and name != "zero_stage":
-        raise RequestError(f"--{name.replace('_', '-')} {found}: must be at least 1")
+        raise RequestError(f"{flag_of(name)} {found}: must be at least 1")
     return found
 
 
@@ -132,7 +133,7 @@ def read_cluster(options: argparse.Namespace) -> Cluster:
     if options.gpu is not None:
         gpu = gpu_named(options.gpu)
     else:
-        missing = ["--" + name.replace("_", "-") for name in own if getattr(options, name) is None]
+        missing = [flag_of(name) for name in own if getattr(options, name) is None]
         if missing:
             raise RequestError(f"--gpu is missing; or describe the device: {', '.join(missing)} missing")
         like = gpu_named("a100-80g")  # shares of the datasheet; its links are those of a PCIe 4.0 board
@@ -140,7 +141,7 @@ def read_cluster(options: argparse.Namespace) -> Cluster:
     for flag in ("gpus", "gpus_per_node", *own, "link"):
         value = getattr(options, flag)
         if value is not None and not 0 < value < float("inf"):
-            raise RequestError(f"--{flag.replace('_', '-')} {value}: must be above 0")
+            raise RequestError(f"{flag_of(flag)} {value}: must be above 0")
     if options.gpus > options.gpus_per_node and options.gpus % options.gpus_per_node:
         raise RequestError(
             f"--gpus {options.gpus} does not fill nodes of {options.gpus_per_node}: give whole ones, or --gpus-per-node"

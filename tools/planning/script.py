@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.engine import EngineConfig
+from megatron_ext.option import flag_of
 from megatron_ext.planner.plan import Plan
 
 LAYOUT_GROUPS = ("batch", "parallel", "pipeline", "zero", "recompute")
@@ -55,7 +56,7 @@ def launch_script(plan: Plan, settings: dict[str, Any], title: str) -> str:
         "NNODES": -(-cluster.gpus // cluster.gpus_per_node),
         "GPUS_PER_NODE": min(cluster.gpus, cluster.gpus_per_node),
     }
-    layout = {variable: values.get("--" + name.replace("_", "-"), "none") for name, variable in _VARIABLES.items()}
+    layout = {variable: values.get(flag_of(name), "none") for name, variable in _VARIABLES.items()}
     steps = settings.get("train_iters") or 1000
     lines = [
         "#!/usr/bin/env bash",
@@ -80,7 +81,7 @@ def _defaults(values: dict[str, Any]) -> str:
 
 
 def _spell(name: str, value: Any) -> list[str]:
-    flag = "--" + name.replace("_", "-")
+    flag = flag_of(name)
     if isinstance(value, bool):
         return [flag if value else flag.replace("--", "--no-", 1)]
     if isinstance(value, (list, tuple)):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_ext.errors import RequestError
+from megatron_ext.option import flag_of
 from megatron_ext.zero.config import ZeroConfig
 from megatron_ext.zero.deepspeed.settings import Settings
 
@@ -77,7 +78,7 @@ def check_zero(zero: ZeroConfig, settings: Settings, *, tp: int, pp: int, dp: in
         )
     for flag in ("offload_optimizer", "offload_param"):
         if getattr(zero, flag) == "nvme":
-            _check_nvme(f"--{flag.replace('_', '-')} nvme", zero.nvme_path)
+            _check_nvme(f"{flag_of(flag)} nvme", zero.nvme_path)
     _check_file(settings, zero.deepspeed_config, tp * pp, dp)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_ext.errors import RequestError
+from megatron_ext.option import flag_of
 from megatron_ext.zero.config import ZeroConfig
 from megatron_ext.zero.deepspeed import known
 from megatron_ext.zero.deepspeed.known import KNOWN, Setting
@@ -73,7 +74,7 @@ def _by_zero_flags(zero: ZeroConfig, bf16: bool) -> dict[str, tuple[Any, str]]:
 
 
 def _given(zero: ZeroConfig, field: str) -> str:
-    value, flag = getattr(zero, field), "--" + field.replace("_", "-")
+    value, flag = getattr(zero, field), flag_of(field)
     if value in (None, False):
         return f"the absence of {flag}"
     return flag if value is True else f"{flag} {value}"

@@ -37,6 +37,8 @@ def read_rope(config: dict[str, Any], partial: bool) -> dict[str, Any]:
         return values
     if kind not in ("linear", "llama3"):
         raise RequestError(f"config.json: rope scaling {kind!r} is not supported; linear and llama3 are")
+    if kind == "linear" and rope["factor"] == 1:  # says nothing
+        return values
     values |= {"rope_scaling": kind, "rope_scaling_factor": rope["factor"]}
     if kind == "llama3":
         values |= {ours: rope[theirs] for theirs, ours in _FACTORS.items()}

@@ -142,7 +142,7 @@ def _scaling(args: argparse.Namespace) -> dict[str, Any]:
     if llama3:
         factor = _value(args, "rope_scaling_factor", float) or 8.0
         return {"rope_scaling": "llama3", "rope_scaling_factor": factor} | _LLAMA3
-    return {"rope_scaling": "linear", "rope_scaling_factor": linear} if linear else {}
+    return {"rope_scaling": "linear", "rope_scaling_factor": linear} if linear not in (None, 0, 1) else {}
 
 
 def _window(args: argparse.Namespace) -> int | None:
