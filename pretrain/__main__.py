@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
         from pretrain.train import run
         from pretrain.world import joined_world
 
-        with joined_world(config.parallel.distributed_timeout_minutes) as device:
+        with joined_world(config.engine.parallel.distributed_timeout_minutes) as device:
             run(config, device)
     except RequestError as error:
         return _refuse(str(error))

@@ -1,19 +1,15 @@
 """One run, described: the engine's configuration, the data's, and what is only the run's own."""
 
 import dataclasses
+import typing
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from megatron_ext.engine import BatchConfig, EngineConfig, RecomputeConfig
+from megatron_ext.engine import EngineConfig
 from megatron_ext.errors import RequestError
-from megatron_ext.kernels import KernelConfig
 from megatron_ext.launch import world_size_from_environment
-from megatron_ext.mesh import ParallelConfig
-from megatron_ext.models import ModelConfig
-from megatron_ext.optim import OptimizerConfig, PrecisionConfig, TrainableConfig
 from megatron_ext.option import flag_of, option, refuse_unused
-from megatron_ext.pipeline import PipelineConfig
-from megatron_ext.tensor_parallel import LoraConfig
-from megatron_ext.zero import ZeroConfig
 from pretrain.checkpoints import CheckpointConfig
 from pretrain.data import DataConfig
 
@@ -90,23 +86,29 @@ class DryRunConfig:
 class RunConfig:
     """Everything a run was asked for, resolved: presets and files applied, nothing left to guess."""
 
-    model: ModelConfig
-    batch: BatchConfig
-    parallel: ParallelConfig
-    pipeline: PipelineConfig
-    zero: ZeroConfig
-    precision: PrecisionConfig
-    optimizer: OptimizerConfig
-    kernels: KernelConfig
-    recompute: RecomputeConfig
-    trainable: TrainableConfig
-    lora: LoraConfig
+    engine: EngineConfig
     data: DataConfig
     training: TrainingConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     dry: DryRunConfig
 
-    def engine(self) -> EngineConfig:
-        shared = {field.name for field in dataclasses.fields(EngineConfig)} - {"seed"}
-        return EngineConfig(**{name: getattr(self, name) for name in shared}, seed=self.training.seed)
+    @classmethod
+    def kinds(cls) -> dict[str, type]:
+        """List the groups of flags by name, the engine's first."""
+        fields = typing.get_type_hints(EngineConfig) | typing.get_type_hints(cls)
+        groups = {name: kind for name, kind in fields.items() if name != "engine" and isinstance(kind, type)}
+        return {name: kind for name, kind in groups.items() if dataclasses.is_dataclass(kind)}
+
+    @classmethod
+    def of(cls, groups: Mapping[str, Any]) -> "RunConfig":
+        """Put a run together of its groups."""
+        own = {field.name for field in dataclasses.fields(cls)}
+        engine = {name: group for name, group in groups.items() if name not in own}
+        training: TrainingConfig = groups["training"]
+        return cls(EngineConfig(**engine, seed=training.seed), **{name: groups[name] for name in own - {"engine"}})
+
+    def groups(self) -> dict[str, Any]:
+        """The groups by name, in the order of `kinds`."""
+        known = vars(self.engine) | vars(self)
+        return {name: known[name] for name in self.kinds()}

@@ -42,14 +42,14 @@ def describe_start(config: RunConfig, start: Start, manifest: Manifest, resolved
     manifest: the checkpoint's. resolved: the run's configuration as YAML.
     """
     options, stored = config.checkpoint, model_of(manifest)[0]
-    model = dataclasses.asdict(config.model)
+    model = dataclasses.asdict(config.engine.model)
     told = ", ".join(
         f"{field.name} {model[field.name]}"
         for field in dataclasses.fields(stored)
         if model[field.name] != field.default
     )
     lines = [*start.remarks, f"the model is that of {start.checkpoint}: {told}"]
-    for name in [name for name in differences(stored, config.model) if name in options.overridden]:
+    for name in [name for name in differences(stored, config.engine.model) if name in options.overridden]:
         lines.append(f"{name} {model[name]} and not {getattr(stored, name)}, by --override-checkpoint-args")
     if options.embedding_init is not None and start.weights_only:
         lines.append(f"new rows of the vocabulary beside those of {start.checkpoint}: {options.embedding_init}")
@@ -73,8 +73,8 @@ def describe_limits(config: RunConfig, valid_samples: int) -> list[str]:
         if interval is not None and interval > training.train_iters:
             flag = f"{flag_of(name)} {interval}"
             lines.append(f"{flag} is beyond the run's --train-iters {training.train_iters}: {instead}")
-    assert config.batch.global_batch_size is not None
-    needed = training.eval_iters * config.batch.global_batch_size
+    assert config.engine.batch.global_batch_size is not None
+    needed = training.eval_iters * config.engine.batch.global_batch_size
     if training.eval_interval is not None and needed > valid_samples:
         lines.append(
             f"--eval-iters {training.eval_iters}: an evaluation of {needed:,} samples goes over the validation split's "
@@ -93,7 +93,7 @@ def _changes(config: RunConfig, start: Start, resolved: str) -> list[str]:
     if not isinstance(before, dict):
         return []
     now = yaml.safe_load(resolved)
-    fields = [field.name for group in _TRAINING for field in dataclasses.fields(getattr(config, group))]
+    fields = [field.name for group in _TRAINING for field in dataclasses.fields(config.groups()[group])]
     names = [name for name in fields if name in before and before[name] != now[name]]
     if not names:
         return []

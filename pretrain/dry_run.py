@@ -44,7 +44,7 @@ def dry_run(config: RunConfig) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     world_size = config.dry.ranks
-    resolved = config.engine().validate(world_size)
+    resolved = config.engine.validate(world_size)
     shapes = parameter_shapes(resolved.model, resolved.adapters)
     ranks = ranks_to_build(resolved, world_size)
     built = [build_rank(resolved, world_size, rank, shapes) for rank in tqdm(ranks, unit="rank", leave=False, delay=2)]
@@ -168,17 +168,16 @@ def _contents(stage: StageSpec) -> str:
 
 def remarks(config: RunConfig, n_built: int, most: float) -> list[str]:
     """What was checked and what was not; whether `most`, the fullest rank's bytes, fits, if there is a GPU to ask."""
-    if config.zero.zero_engine == "torch":
+    if config.engine.zero.zero_engine == "torch":
         checked = f"built {n_built} of the ranks: shapes and cuts are right, states as predicted to the byte"
     else:
         checked = f"built {n_built} of the ranks without ZeRO, shapes and cuts are right; DeepSpeed's states by formula"
     lines = [checked]
     if not config.data.data_path:
         lines.append("data: not given, not checked")
-    if config.kernels.attention_backend in NEEDS_CUDA and not torch.cuda.is_available():
-        lines.append(
-            f"--attention-backend {config.kernels.attention_backend}: not checked, there is no CUDA device here"
-        )
+    backend = config.engine.kernels.attention_backend
+    if backend in NEEDS_CUDA and not torch.cuda.is_available():
+        lines.append(f"--attention-backend {backend}: not checked, there is no CUDA device here")
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         fits = "fits into" if most <= gpu.total_memory else "does not fit into"

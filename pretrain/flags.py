@@ -32,10 +32,6 @@ _LARGEST = 2**32 - 1  # of a whole number: the largest --seed
 _LONGEST_NAME = 255  # bytes, on every file system in use
 
 
-def _groups() -> dict[str, type]:
-    return typing.get_type_hints(RunConfig)
-
-
 @dataclasses.dataclass(frozen=True)
 class Flag:
     """One flag: the field it sets, and how its text is read."""
@@ -107,7 +103,7 @@ def _read_switch(spelled: str, value: Any) -> bool:
 def all_flags() -> dict[str, Flag]:
     """Every flag by field name."""
     flags: dict[str, Flag] = {}
-    for group, config in _groups().items():
+    for group, config in RunConfig.kinds().items():
         hints = typing.get_type_hints(config)
         for field in dataclasses.fields(config):
             kind, repeated, listed = _shape_of(hints[field.name])
@@ -154,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--use-checkpoint-args", action=argparse.BooleanOptionalAction, help="the model's shape is that of --load"
     )
-    sections = {group: parser.add_argument_group(group) for group in _groups()}
+    sections = {group: parser.add_argument_group(group) for group in RunConfig.kinds()}
     for flag in all_flags().values():
         options: dict[str, Any] = {"dest": flag.name, "help": _help_line(flag)}
         if flag.kind is bool:
@@ -242,18 +238,14 @@ def resolve(settings: dict[str, Any]) -> RunConfig:
     flags = all_flags()
     read = {key: flags[key].read(value) for key, value in settings.items()}
     read = {key: value for key, value in read.items() if value is not None or flags[key].default is None}
-    groups: dict[str, Any] = {}
-    of_group = {group: {key: value for key, value in read.items() if flags[key].group == group} for group in _groups()}
-    for group, config in _groups().items():
-        if config is ModelConfig:
-            options = CheckpointConfig(**of_group["checkpoint"])
-            keeps_rows = from_checkpoint and options.embedding_init is None
-            tokenizer = None if keeps_rows else read.get("tokenizer_model")
-            stored = _stored_model(name, from_checkpoint, options)
-            groups[group] = _model(name, of_group[group], stored, options.overridden, tokenizer)
-        else:
-            groups[group] = config(**of_group[group])
-    return RunConfig(**groups)
+    kinds = RunConfig.kinds()
+    given = {group: {key: value for key, value in read.items() if flags[key].group == group} for group in kinds}
+    options = CheckpointConfig(**given["checkpoint"])
+    keeps_rows = from_checkpoint and options.embedding_init is None
+    tokenizer = None if keeps_rows else read.get("tokenizer_model")
+    stored = _stored_model(name, from_checkpoint, options)
+    model = _model(name, given.pop("model"), stored, options.overridden, tokenizer)
+    return RunConfig.of({"model": model} | {group: kinds[group](**values) for group, values in given.items()})
 
 
 def _stored_model(name: Any, from_checkpoint: bool, options: CheckpointConfig) -> ModelConfig | None:
@@ -309,8 +301,8 @@ def _model(
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as a file that `--config` reads back to an equal run."""
     parts = []
-    for group in _groups():
-        values = dataclasses.asdict(getattr(config, group))
+    for group, values in config.groups().items():
+        values = dataclasses.asdict(values)
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         parts.append(f"# {group}\n" + yaml.safe_dump(plain, sort_keys=False))
     return "\n".join(parts)

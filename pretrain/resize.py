@@ -36,12 +36,12 @@ def plan_expansion(config: RunConfig, start: Start) -> Expansion | None:
         parts=new.parts,
         method=options.embedding_init,
         seed=config.training.seed,
-        std=config.model.init_method_std,
+        std=config.engine.model.init_method_std,
         norm_correction=options.embedding_norm_correction,
     )
-    if config.model.vocab_size != expansion.new_size:
+    if config.engine.model.vocab_size != expansion.new_size:
         raise RequestError(
-            f"--vocab-size {config.model.vocab_size}: --tokenizer-model {tokenizer} has {expansion.new_size} pieces, "
-            "and --embedding-init makes a row for each; leave out --vocab-size"
+            f"--vocab-size {config.engine.model.vocab_size}: --tokenizer-model {tokenizer} has {expansion.new_size} "
+            "pieces, and --embedding-init makes a row for each; leave out --vocab-size"
         )
     return expansion

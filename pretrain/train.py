@@ -31,7 +31,7 @@ Batch = dict[str, torch.Tensor]
 
 def run(config: RunConfig, device: torch.device) -> None:
     """Train as `config` (validated) says. Every rank calls it, with torch.distributed initialised."""
-    grid = build_grid(config.parallel, device)
+    grid = build_grid(config.engine.parallel, device)
     torch.manual_seed(config.training.seed + grid.random_stream)
     with beginning(config.checkpoint) as (start, lock):
         trainer = Trainer(config, grid, start, lock)
@@ -44,10 +44,11 @@ class Trainer:
     """The engine, the data and the logs of one run, and where the run stands."""
 
     def __init__(self, config: RunConfig, grid: ProcessGrid, start: Start, lock: FolderLock | None):
-        self.config, self.grid, self.start = config, grid, start
+        self.engine = Engine(config.engine, grid)
+        self.config = config = dataclasses.replace(config, engine=self.engine.config)
+        self.grid, self.start = grid, start
         self.is_writer = dist.get_rank() == 0
-        self.engine = Engine(config.engine(), grid)
-        batch = self.engine.config.batch
+        batch = config.engine.batch
         assert config.training.train_iters is not None
         assert batch.global_batch_size is not None
         self.train_iters, self.batch_size = config.training.train_iters, batch.global_batch_size
@@ -61,7 +62,7 @@ class Trainer:
         self.data = build_data(
             config.data,
             seq_length=batch.seq_length,
-            vocab_size=config.model.vocab_size,
+            vocab_size=config.engine.model.vocab_size,
             seed=config.training.seed,
             dp_rank=grid.dp_rank,
             dp_size=grid.dp_size,
@@ -71,7 +72,7 @@ class Trainer:
         self.position, self.place = (
             (0, "") if continued is None else place_of(continued, self.data, f"{start.flag} {start.checkpoint}")
         )
-        self.resolved = to_yaml(dataclasses.replace(config, batch=batch, checkpoint=config.checkpoint.as_begun()))
+        self.resolved = to_yaml(dataclasses.replace(config, checkpoint=config.checkpoint.as_begun()))
         save, in_background = config.checkpoint.save, config.checkpoint.async_save
         self.writer = CheckpointWriter(save, self.engine, in_background, lock) if save is not None else None
         self.saved_at = self.iteration if self.iteration and config.checkpoint.continues_in_place else None
@@ -103,10 +104,10 @@ class Trainer:
         self.console.say(f" tokenizer: {self.tokenizer or 'not known, and not noted in checkpoints'}")
         for line in self.data.describe():
             self.console.say(f" {line}")
-        if self.config.precision.fp16:
+        if self.config.engine.precision.fp16:
             self.console.say(f" {self.engine.loss_scaler.describe()}")
-        valid = sum(corpus.samples("valid", self.config.batch.seq_length) for corpus in self.data.corpora)
-        for line in describe_limits(dataclasses.replace(self.config, batch=self.engine.config.batch), valid):
+        valid = sum(corpus.samples("valid", self.config.engine.batch.seq_length) for corpus in self.data.corpora)
+        for line in describe_limits(self.config, valid):
             self.console.say(f" {line}")
         if self.loaded is not None:
             for line in describe_start(self.config, self.start, self.loaded, self.resolved):
@@ -122,13 +123,13 @@ class Trainer:
         batches = self.data.train_batches(self.position)
         self.results.restart()
         while self.iteration < self.train_iters:
-            rate = learning_rate(self.config.optimizer, self.iteration, self.train_iters)
+            rate = learning_rate(self.config.engine.optimizer, self.iteration, self.train_iters)
             scale = self.engine.loss_scaler.scale
             batch = self._to_device(next(batches))
             figures = self.engine.train_step(batch, rate, stop=bool(stop), measure=self.config.logging.report_memory)
             self.iteration += 1
             self.consumed_samples += self.batch_size
-            self.consumed_tokens += self.batch_size * self.config.batch.seq_length
+            self.consumed_tokens += self.batch_size * self.config.engine.batch.seq_length
             self.position += self.batch_size
             self.results.put(self.iteration, rate, figures, scale)
             evaluate = self._due(self.config.training.eval_interval)
@@ -199,11 +200,11 @@ class Trainer:
             iteration=self.iteration,
             consumed_samples=self.consumed_samples,
             consumed_tokens=self.consumed_tokens,
-            model=dataclasses.asdict(self.config.model),
+            model=dataclasses.asdict(self.config.engine.model),
             layout=layout_of(self.grid),
             has_optimizer=True,
-            trainable=dataclasses.asdict(self.config.trainable),
-            precision=dataclasses.asdict(self.config.precision),
+            trainable=dataclasses.asdict(self.config.engine.trainable),
+            precision=dataclasses.asdict(self.config.engine.precision),
             lora=None if self.engine.config.adapters is None else dataclasses.asdict(self.engine.config.adapters),
             hugging_face=self.hugging_face,
             data=order_of(self.data) | {"position": self.position},

@@ -24,12 +24,12 @@ def validate(config: RunConfig) -> None:
     config.checkpoint.validate()
     config.logging.validate()
     assert config.training.train_iters is not None
-    config.optimizer.validate(config.training.train_iters)
-    config.engine().validate(config.dry.ranks)
+    config.engine.optimizer.validate(config.training.train_iters)
+    config.engine.validate(config.dry.ranks)
     _check_kernels(config)
     if config.data.data_path:
         splits = ("train",) if config.training.eval_interval is None else ("train", "valid")
-        check_data(config.data, config.batch.seq_length, config.model.vocab_size, splits=splits)
+        check_data(config.data, config.engine.batch.seq_length, config.engine.model.vocab_size, splits=splits)
     elif not config.dry.dry_run:
         raise RequestError("--data-path is required: PREFIX of a corpus written by python -m tools.preprocess_data")
     if not config.data.eod_flags:
@@ -39,8 +39,8 @@ def validate(config: RunConfig) -> None:
     if start.checkpoint is not None:
         manifest = read_manifest(start.checkpoint, start.flag)
         expansion, overridden = plan_expansion(config, start), config.checkpoint.overridden
-        check_compatible(manifest, config.model, start.checkpoint, expansion, overridden, start.flag)
-        check_trained(manifest, config.engine(), start.checkpoint, start.weights_only, start.flag)
+        check_compatible(manifest, config.engine.model, start.checkpoint, expansion, overridden, start.flag)
+        check_trained(manifest, config.engine, start.checkpoint, start.weights_only, start.flag)
         TensorReader(start.checkpoint, start.flag)
     run_tokenizer(config, start, manifest)
     if config.checkpoint.save is not None:
@@ -57,7 +57,7 @@ def validate(config: RunConfig) -> None:
 
 def _check_kernels(config: RunConfig) -> None:
     """What torch would refuse only at the first step."""
-    backend = config.kernels.attention_backend
+    backend = config.engine.kernels.attention_backend
     if backend in NEEDS_CUDA and not torch.cuda.is_available() and not config.dry.dry_run:
         raise RequestError(f"--attention-backend {backend} needs a CUDA device: use auto, flash or math here")
     if backend == "flash" and config.data.reset_attention_mask:

@@ -53,8 +53,7 @@ def check_compatible(
     if not wrong:
         return
     says = "; ".join(
-        f"{name} {getattr(stored, name)}, the run asks for {getattr(model.resolved(), name)} "
-        f"({flag_of(name)})"
+        f"{name} {getattr(stored, name)}, the run asks for {getattr(model.resolved(), name)} ({flag_of(name)})"
         for name in wrong
     )
     remedy = ""

@@ -117,9 +117,7 @@ class PrecisionConfig:
         for name in ("loss_scale_window", "hysteresis"):  # counted on the device, as float32
             value = getattr(self, name)
             if not 1 <= value < _MOST_COUNTED or value != int(value):
-                raise RequestError(
-                    f"{flag_of(name)} {value}: must be a whole number from 1 to {_MOST_COUNTED - 1}"
-                )
+                raise RequestError(f"{flag_of(name)} {value}: must be a whole number from 1 to {_MOST_COUNTED - 1}")
 
     @property
     def stored(self) -> torch.dtype:

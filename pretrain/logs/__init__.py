@@ -78,5 +78,4 @@ def _write_settings(config: RunConfig, resolved: str, in_place: bool) -> None:
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:
-    groups = dataclasses.asdict(config).values()
-    return {name: value for group in groups for name, value in group.items()}
+    return {name: value for group in config.groups().values() for name, value in dataclasses.asdict(group).items()}

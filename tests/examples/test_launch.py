@@ -87,7 +87,7 @@ def test_a_model_fits_the_cluster_that_its_script_names(
     assert printed[1].endswith("compute in bfloat16")
     assert any("states as predicted to the byte" in line for line in printed)
     totals = [float(line.split()[-1]) for line in printed if re.match(r" +\d+ +\d+  ", line)]
-    assert len(totals) == parse(flags).parallel.pipeline_model_parallel_size
+    assert len(totals) == parse(flags).engine.parallel.pipeline_model_parallel_size
     assert 10 < max(totals) < 75
     header = (EXAMPLES / script).read_text()
     assert ("one node of 8" if ranks == 8 else f"{ranks // 8} nodes of 8") in header
@@ -121,18 +121,18 @@ def test_several_nodes(tmp_path: Path, recorder: Path, port: dict[str, str]) -> 
     launcher += ["--master-port", port.get("MASTER_PORT", "29500"), "--nproc-per-node", "8", "-m", "pretrain"]
     assert words[: len(launcher)] == launcher
     config = parse(words[len(launcher) :])
-    config.engine().validate(24)
+    config.engine.validate(24)
     assert connections(recorder) == "1"  # of tensor parallelism
     assert config.data.data_path == ("0.3", "a", "0.7", "b")
     assert config.data.tokenizer_model == "t.model"
     assert (config.checkpoint.save, config.checkpoint.load, config.checkpoint.save_interval) == ("run", "run", 500)
     assert config.logging.metrics == "run.jsonl"
-    assert config.parallel.sequence_parallel
-    assert config.precision.bf16
-    assert config.pipeline.pipeline_layers == (10, 11, 11, 11, 11, 10)
-    assert config.recompute.recompute_granularity is None
-    assert (config.zero.zero_stage, config.training.seed) == (2, 7)
-    assert config.model.vocab_size == 50272
+    assert config.engine.parallel.sequence_parallel
+    assert config.engine.precision.bf16
+    assert config.engine.pipeline.pipeline_layers == (10, 11, 11, 11, 11, 10)
+    assert config.engine.recompute.recompute_granularity is None
+    assert (config.engine.zero.zero_stage, config.training.seed) == (2, 7)
+    assert config.engine.model.vocab_size == 50272
 
 
 def test_the_layout_is_in_variables(tmp_path: Path, recorder: Path) -> None:
@@ -140,13 +140,13 @@ def test_the_layout_is_in_variables(tmp_path: Path, recorder: Path) -> None:
     words = command(tmp_path, recorder, "opt/66b_24gpu.sh", "--dry-run", NNODES="5", **layout, SAVE_INTERVAL="9", **RUN)
     config = parse(words[2:])
     assert connections(recorder) == ""
-    assert config.parallel.tensor_model_parallel_size == 1
-    assert config.parallel.pipeline_model_parallel_size == 2
-    assert not config.parallel.sequence_parallel
-    assert config.batch.micro_batch_size == 4
-    assert config.zero.zero_stage == 0
-    assert config.recompute.recompute_granularity == "full"
-    assert config.pipeline.pipeline_layers == (40, 24)
+    assert config.engine.parallel.tensor_model_parallel_size == 1
+    assert config.engine.parallel.pipeline_model_parallel_size == 2
+    assert not config.engine.parallel.sequence_parallel
+    assert config.engine.batch.micro_batch_size == 4
+    assert config.engine.zero.zero_stage == 0
+    assert config.engine.recompute.recompute_granularity == "full"
+    assert config.engine.pipeline.pipeline_layers == (40, 24)
     assert config.checkpoint.save_interval == 9
     assert config.dry.ranks == 40
 

@@ -64,7 +64,7 @@ ZERO: dict[int, dict[str, Any]] = {
 def train_and_look(arguments: list[str]) -> tuple[int, int]:
     """The size of DeepSpeed's reduction buckets, and how many parameters it does not shard, after a run."""
     train(arguments)
-    engine = Engine(parse(arguments).engine(), build_grid(parse(arguments).parallel, torch.device("cpu")))
+    engine = Engine(parse(arguments).engine, build_grid(parse(arguments).engine.parallel, torch.device("cpu")))
     (stage,) = engine.stages.values()
     whole = [getattr(p, "ds_persist", True) for p in engine.parameters.values()]
     return stage.engine.zero_reduce_bucket_size(), sum(whole)

@@ -117,7 +117,7 @@ def test_ranks_are_built_as_predicted(
 
 def test_a_smaller_last_rank_of_a_tensor_parallel_group_is_built_too() -> None:
     def built(**flags: Any) -> list[int]:
-        config = parse(command(**{TP: 4, PP: 2}, **flags)).engine()
+        config = parse(command(**{TP: 4, PP: 2}, **flags)).engine
         return pretrain.dry_run.ranks_to_build(config, 32)
 
     assert built(vocab_size=1000) == [0, 16]

@@ -32,16 +32,18 @@ def test_the_command_line_wins_over_yaml_and_yaml_over_the_preset(yaml) -> None:
     file = yaml("model: tinyllama-1.1b\nnum-layers: 3\nlr: 0.5\nmin_lr: 0.25")
     config = parse(["--num-layers", "2", "--config", file])
     expected = dataclasses.replace(preset("tinyllama-1.1b"), num_layers=2)
-    assert config.model == expected
-    assert (config.optimizer.lr, config.optimizer.min_lr) == (0.5, 0.25)
-    assert parse(["--config", file, "--model", "tiny"]).model == dataclasses.replace(preset("tiny"), num_layers=3)
+    assert config.engine.model == expected
+    assert (config.engine.optimizer.lr, config.engine.optimizer.min_lr) == (0.5, 0.25)
+    assert parse(["--config", file, "--model", "tiny"]).engine.model == dataclasses.replace(
+        preset("tiny"), num_layers=3
+    )
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_are_models(name: str) -> None:
     config = parse(["--model", name])
-    config.model.validate()
-    assert config.model == preset(name)
+    config.engine.model.validate()
+    assert config.engine.model == preset(name)
 
 
 @pytest.mark.parametrize(
@@ -66,26 +68,26 @@ def test_presets_are_models(name: str) -> None:
 )
 def test_yaml_values(yaml, content: str, field: str, value: Any) -> None:
     config = parse(["--model", "tiny", "--config", yaml(content)])
-    found = getattr(getattr(config, all_flags()[field].group), field)
+    found = getattr(config.groups()[all_flags()[field].group], field)
     assert found == value
     assert type(found) is type(value)
 
 
 @pytest.mark.parametrize("given", ["no", "false", "null", "~"])
 def test_a_yaml_that_does_not_use_the_checkpoints_shape(yaml, given: str) -> None:
-    assert parse(["--config", yaml(f"model: tiny\nuse-checkpoint-args: {given}")]).model == preset("tiny")
+    assert parse(["--config", yaml(f"model: tiny\nuse-checkpoint-args: {given}")]).engine.model == preset("tiny")
 
 
 def test_command_line_values(yaml) -> None:
     words = ["--model", "tiny", "--data-path", "0.3", "a", "0.7", "b", "--pipeline-layers=3,2,2", "--lr=2e-3", "--bf16"]
     config = parse(words)
     assert config.data.data_path == ("0.3", "a", "0.7", "b")
-    assert config.pipeline.pipeline_layers == (3, 2, 2)
-    assert config.optimizer.lr == 2e-3
-    assert config.precision.bf16
-    assert parse(["--model", "tiny"]).model.untie_embeddings_and_output_weights
-    assert parse(["--model", "tiny", "--no-untie-embeddings-and-output-weights"]).model.tied
-    assert not parse([*words, "--config", yaml("fp16: true"), "--no-fp16"]).precision.fp16
+    assert config.engine.pipeline.pipeline_layers == (3, 2, 2)
+    assert config.engine.optimizer.lr == 2e-3
+    assert config.engine.precision.bf16
+    assert parse(["--model", "tiny"]).engine.model.untie_embeddings_and_output_weights
+    assert parse(["--model", "tiny", "--no-untie-embeddings-and-output-weights"]).engine.model.tied
+    assert not parse([*words, "--config", yaml("fp16: true"), "--no-fp16"]).engine.precision.fp16
 
 
 def test_every_flag_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +107,7 @@ def test_no_advice_against_a_flag_of_ours() -> None:
 
 
 def test_a_name_belongs_to_one_group() -> None:
-    names = [f.name for group in vars(parse(["--model", "tiny"])).values() for f in dataclasses.fields(group)]
+    names = [f.name for group in parse(["--model", "tiny"]).groups().values() for f in dataclasses.fields(group)]
     assert sorted(names) == sorted(all_flags())
 
 
@@ -122,9 +124,9 @@ def test_the_vocabulary_is_the_tokenizers_unless_given(tmp_path: Path) -> None:
         )
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model")).vocab_size()
     tokenizer = ["--tokenizer-model", str(tmp_path / "t.model")]
-    assert parse(["--model", "tiny", *tokenizer]).model.vocab_size == pieces != preset("tiny").vocab_size
-    assert parse([*command(vocab_size=None), *tokenizer]).model.vocab_size == pieces
-    assert parse(["--model", "tiny", *tokenizer, "--vocab-size", "5000"]).model.vocab_size == 5000
+    assert parse(["--model", "tiny", *tokenizer]).engine.model.vocab_size == pieces != preset("tiny").vocab_size
+    assert parse([*command(vocab_size=None), *tokenizer]).engine.model.vocab_size == pieces
+    assert parse(["--model", "tiny", *tokenizer, "--vocab-size", "5000"]).engine.model.vocab_size == 5000
 
 
 def test_to_yaml_and_back(yaml) -> None:
@@ -153,7 +155,7 @@ def test_to_yaml_and_back(yaml) -> None:
 
 
 def test_shape_by_flags() -> None:
-    model = parse(command()).model
+    model = parse(command()).engine.model
     assert {name: getattr(model, name) for name in MODEL} == MODEL
     with pytest.raises(RequestError, match=r"^--ffn-hidden-size missing: give them, or --model"):
         parse(command(ffn_hidden_size=None))

@@ -138,7 +138,7 @@ def test_a_continued_run_shows_it_after_its_own_first_step(pool: Pool, corpus: s
 
 def on_a_gpu(arguments: list[str], offload: str | None) -> tuple[dict[str, int], list[str]]:
     """What a run on a GPU would show that has 3 GiB allocated and 5 GiB reserved at most."""
-    config = parse(arguments).engine()
+    config = parse(arguments).engine
     engine = Engine(config, build_grid(ParallelConfig(), torch.device("cpu")))
     engine.grid = dataclasses.replace(engine.grid, device=torch.device("cuda"))
     engine.config = dataclasses.replace(engine.config, zero=dataclasses.replace(config.zero, offload_optimizer=offload))

@@ -62,10 +62,14 @@ def test_the_shape_of_the_checkpoint(tmp_path: Path) -> None:
     assert to_native(tmp_path / "hf", tmp_path / "native") == 0
     words = ["--load", str(tmp_path / "native"), "--use-checkpoint-args"]
     config = parse(words)
-    assert config.model.qk_layernorm
-    assert config.model.vocab_size == 97
-    assert read_manifest(find_checkpoint(tmp_path / "native")).model["kv_channels"] == config.model.kv_channels == 16
-    assert parse([*words, "--rotary-base", "5e5"]).model.rotary_base == 5e5
+    assert config.engine.model.qk_layernorm
+    assert config.engine.model.vocab_size == 97
+    assert (
+        read_manifest(find_checkpoint(tmp_path / "native")).model["kv_channels"]
+        == config.engine.model.kv_channels
+        == 16
+    )
+    assert parse([*words, "--rotary-base", "5e5"]).engine.model.rotary_base == 5e5
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     assert parse(["--config", str(tmp_path / "run.yaml")]) == config  # needs the checkpoint no more
     for wrong, message in (

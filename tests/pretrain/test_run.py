@@ -93,7 +93,8 @@ def test_run_yaml_has_the_resolved_batch_size(pool: Pool, corpus: str, tmp_path:
     pool.run(train, 2, flags)
     asked = parse(flags)
     again = parse(["--config", str(tmp_path / "m.run.yaml")])
-    assert again == dataclasses.replace(asked, batch=dataclasses.replace(asked.batch, global_batch_size=2))
+    batch = dataclasses.replace(asked.engine.batch, global_batch_size=2)
+    assert again == dataclasses.replace(asked, engine=dataclasses.replace(asked.engine, batch=batch))
 
 
 def test_validation_loss_is_the_same_at_every_layout(pool: Pool, corpus: str, done: Path, tmp_path: Path) -> None:

@@ -54,7 +54,9 @@ def check(config: RunConfig) -> None:
     start = config.checkpoint.start()
     assert start.checkpoint is not None
     overridden = config.checkpoint.overridden
-    check_compatible(read_manifest(start.checkpoint), config.model, start.checkpoint, None, overridden, start.flag)
+    check_compatible(
+        read_manifest(start.checkpoint), config.engine.model, start.checkpoint, None, overridden, start.flag
+    )
 
 
 NOT_GIVEN = dict.fromkeys(MODEL)
@@ -65,7 +67,7 @@ def test_what_is_not_given_is_the_checkpoints(here: Path, flags: dict[str, Any])
     config = parse(command(**{"load": "base"} | flags))
     check(config)
     expected = MODEL if "num_layers" not in flags else MODEL | {"init_method_std": 0.1}
-    assert config.model == ModelConfig(**expected | UNUSUAL)
+    assert config.engine.model == ModelConfig(**expected | UNUSUAL)
     (here / "run.yaml").write_text(to_yaml(config))
     check(parse(["--config", "run.yaml"]))
 
@@ -82,7 +84,7 @@ def test_what_is_given_must_be_the_checkpoints_or_named(here: Path, name: str) -
     with pytest.raises(RequestError, match=f"^--load base/iter_0000000: its model has {name} .*the run asks for "):
         check(parse(words))
     named = parse([*words, "--override-checkpoint-args", name.replace("_", "-")])
-    assert named.model.resolved() == given.resolved()
+    assert named.engine.model.resolved() == given.resolved()
     if name in ("add_qkv_bias", "untie_embeddings_and_output_weights"):  # other tensors
         with pytest.raises(RequestError, match=f"its model has {name} "):
             check(named)
@@ -93,8 +95,8 @@ def test_what_is_given_must_be_the_checkpoints_or_named(here: Path, name: str) -
 def test_a_named_field_that_is_not_given_has_its_default(here: Path) -> None:
     config = parse(command(load="base", override_checkpoint_args=["window_size"]))
     check(config)
-    assert config.model.window_size is None
-    assert config.model.rotary_base == 5e5
+    assert config.engine.model.window_size is None
+    assert config.engine.model.rotary_base == 5e5
 
 
 @pytest.mark.parametrize("name, value", [("rope_scaling", "none"), ("position_embedding_type", "alibi")])
@@ -104,10 +106,10 @@ def test_a_change_leaves_aside_what_has_no_effect_after_it(here: Path, name: str
         check(parse(words))
     config = parse([*words, "--override-checkpoint-args", name])
     check(config)
-    assert (config.model.rope_scaling_factor, config.model.rope_original_max_position) == (1.0, 8192)
-    assert parse(["--model", "llama3.1-8b", "--rope-scaling", "none"]).model.rope_scaling_factor == 1.0
+    assert (config.engine.model.rope_scaling_factor, config.engine.model.rope_original_max_position) == (1.0, 8192)
+    assert parse(["--model", "llama3.1-8b", "--rope-scaling", "none"]).engine.model.rope_scaling_factor == 1.0
     with pytest.raises(RequestError, match="--rope-scaling-factor 32"):
-        parse([*words, "--rope-scaling-factor", "32.0", "--override-checkpoint-args", name]).model.validate()
+        parse([*words, "--rope-scaling-factor", "32.0", "--override-checkpoint-args", name]).engine.model.validate()
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def calibrated(cluster: Cluster, program: Program, metrics: str) -> tuple[Cluste
     ranks = records[-1]["world_size"]
     place = _resolved_beside(metrics)
     try:
-        config = resolve(read_yaml(place)).engine().validate(ranks)
+        config = resolve(read_yaml(place)).engine.validate(ranks)
     except RequestError as error:
         raise RequestError(f"--calibrate {metrics}: the run of {place} cannot be planned ({error})") from error
     then = dataclasses.replace(cluster, gpus=ranks)

@@ -74,7 +74,7 @@ def read_run(options: argparse.Namespace, gpu: Gpu) -> Planned:
         settings[name] = True
         assumed.append(f"--{name}")
     of_model = {name: value for name, value in settings.items() if name not in ("load", "pretrained_checkpoint")}
-    base = resolve(settings if settings.get("use_checkpoint_args") else of_model).engine()
+    base = resolve(settings if settings.get("use_checkpoint_args") else of_model).engine
     if settings.get("global_batch_size") is None:
         raise RequestError("--global-batch-size is required: the sequences of one step, which a layout is planned for")
     if base.precision.bf16 and not gpu.has_bf16:
