@@ -10,7 +10,8 @@ import time
 import warnings
 
 from megatron_ext.errors import RequestError
-from tokenizer.streams import begin_in_utf8, keep_streams_open
+from tokenizer.errors import TokenizerError
+from tokenizer.output import begin_in_utf8, keep_streams_open
 
 
 def main(arguments: list[str]) -> int:
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
 
         with joined_world(config.engine.parallel.distributed_timeout_minutes) as device:
             run(config, device)
-    except RequestError as error:
+    except (RequestError, TokenizerError) as error:
         return _refuse(str(error))
     return 0
 

@@ -28,7 +28,7 @@ from megatron_ext.zero import ZeroConfig
 from pretrain.config import RunConfig
 from pretrain.describe import describe
 from pretrain.validate import NEEDS_CUDA
-from tokenizer.tables import text_table
+from tokenizer.output import text_table
 
 _STATES = tuple(field.name for field in dataclasses.fields(ModelStates))
 _BESIDE = ("working", "activations", "head", "buffers", "total")

@@ -25,8 +25,8 @@ from megatron_ext.models import ModelConfig, preset, preset_names
 from megatron_ext.option import field_of, flag_of, refuse_unused
 from pretrain.checkpoints import CheckpointConfig
 from pretrain.config import RunConfig
-from pretrain.data.tokenizer_file import read_tokenizer
 from pretrain.megatron_flags import ADVICE
+from tokenizer.formats.load import read_tokenizer
 
 _LARGEST = 2**32 - 1  # of a whole number: the largest --seed
 _LONGEST_NAME = 255  # bytes, on every file system in use
@@ -271,7 +271,7 @@ def _model(
     """What single flags say, then what the preset does; what neither says is the stored model's, or the default."""
     values = {key: value for key, value in values.items() if value is not None}
     if "vocab_size" not in values and tokenizer is not None:
-        values["vocab_size"] = read_tokenizer(tokenizer).vocab_size  # the tokenizer at hand decides, never padded
+        values["vocab_size"] = read_tokenizer("--tokenizer-model", tokenizer).vocab_size  # never padded
     given = set(values)
     if name is not None:
         values = dataclasses.asdict(preset(str(name))) | values

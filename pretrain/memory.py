@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_ext.engine import Engine
 from megatron_ext.footprint import ModelStates
 from megatron_ext.planner.states import fullest_states, pp_rank_elements
-from tokenizer.tables import text_table
+from tokenizer.output import text_table
 
 _PEAKS = {"peak": "peak", "peak_reserved": "peak reserved", "host_peak": "peak on the host"}
 

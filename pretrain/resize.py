@@ -6,8 +6,7 @@ from megatron_ext.errors import RequestError
 from megatron_ext.models.expand import Expansion
 from pretrain.checkpoints import Start
 from pretrain.config import RunConfig
-from tokenizer.decompose import decompose
-from tokenizer.errors import TokenizerError
+from tokenizer.merge.decompose import decompose
 
 
 def plan_expansion(config: RunConfig, start: Start) -> Expansion | None:
@@ -18,7 +17,8 @@ def plan_expansion(config: RunConfig, start: Start) -> Expansion | None:
     Reads the two tokenizers; `config.checkpoint` is validated.
 
     Raises:
-        RequestError: the tokenizers do not fit together, or the model's vocabulary is not the new one's.
+        TokenizerError: the tokenizers do not fit together.
+        RequestError: the model's vocabulary is not the new one's.
     """
     options, tokenizer = config.checkpoint, config.data.tokenizer_model
     if options.embedding_init is None or not start.weights_only:
@@ -27,10 +27,7 @@ def plan_expansion(config: RunConfig, start: Start) -> Expansion | None:
     if tokenizer is None:
         raise RequestError(f"--embedding-init {options.embedding_init} needs --tokenizer-model: the new tokenizer")
     base = Path(options.base_tokenizer_model)
-    try:
-        new = decompose("--base-tokenizer-model", base, "--tokenizer-model", Path(tokenizer))
-    except TokenizerError as error:
-        raise RequestError(str(error)) from error
+    new = decompose("--base-tokenizer-model", base, "--tokenizer-model", Path(tokenizer))
     expansion = Expansion(
         old_size=new.old_size,
         parts=new.parts,

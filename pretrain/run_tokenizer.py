@@ -8,8 +8,8 @@ from megatron_ext.errors import RequestError
 from pretrain.checkpoints import Start
 from pretrain.config import RunConfig
 from pretrain.data.sidecar import corpus_tokenizers
-from pretrain.data.tokenizer_file import read_tokenizer
-from tokenizer.record import TokenizerRecord, read_record, record_of
+from tokenizer.formats.load import read_tokenizer
+from tokenizer.formats.record import TokenizerRecord, record_of, stored_record
 
 _REMEDY = (
     "give that one; to let the model grow add --finetune --embedding-init METHOD --base-tokenizer-model OLD; to change "
@@ -27,9 +27,10 @@ def run_tokenizer(config: RunConfig, start: Start, loaded: Manifest | None) -> T
 
     Raises:
         RequestError: the checkpoint was trained with another tokenizer.
+        TokenizerError: a tokenizer cannot be read, or the manifest's note of one is damaged.
     """
     corpora = corpus_tokenizers(config.data)
-    stored = _stored(start, loaded)
+    stored = None if loaded is None else stored_record(loaded.tokenizer, f"{start.asked}: {MANIFEST}")
     named, used = _used(config, corpora)
     _check(config, start, stored, named, used)
     record = used or stored
@@ -49,22 +50,12 @@ def run_tokenizer(config: RunConfig, start: Start, loaded: Manifest | None) -> T
     return dataclasses.replace(record, sample_sha256=sample, prepend_bos=prepend_bos, eod_token_id=eod)
 
 
-def _stored(start: Start, loaded: Manifest | None) -> TokenizerRecord | None:
-    if loaded is None or loaded.tokenizer is None:
-        return None
-    try:
-        return read_record(loaded.tokenizer)
-    except ValueError as error:
-        where = f"{start.asked}: {MANIFEST}"
-        raise RequestError(f"{where} describes a tokenizer that this program does not know ({error})") from None
-
-
 def _used(config: RunConfig, corpora: dict[str, TokenizerRecord | None]) -> tuple[str, TokenizerRecord | None]:
     """How messages name what says which tokenizer is used, and the tokenizer."""
     prefix, made = next(((prefix, record) for prefix, record in corpora.items() if record is not None), ("", None))
     if config.data.tokenizer_model is not None:
         name = config.data.tokenizer_model
-        given = record_of(read_tokenizer(name))
+        given = record_of(read_tokenizer("--tokenizer-model", name))
         sample = None if made is None else made.sample_sha256
         return f"--tokenizer-model {name}", dataclasses.replace(given, sample_sha256=sample)
     return f"--data-path {prefix}: what made it", made
@@ -81,7 +72,7 @@ def _check(
     trained = f"the tokenizer that {start.asked} was trained with ({stored})"
     if options.embedding_init is not None and start.weights_only:
         assert options.base_tokenizer_model is not None
-        base = read_tokenizer(options.base_tokenizer_model, "--base-tokenizer-model")
+        base = read_tokenizer("--base-tokenizer-model", options.base_tokenizer_model)
         if difference := stored.difference(record_of(base)):
             named = f"--base-tokenizer-model {options.base_tokenizer_model}"
             raise RequestError(f"{named} is not {trained}: it {difference}; give that one")

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import init_distributed
+from tokenizer.errors import TokenizerError
 
 _CLAIM, _REPORT = "failure/claim", "failure/report"  # keys: the rank that failed first; what it reports, once it has
 _LOOK_SECONDS = 1.0
@@ -31,7 +32,7 @@ def joined_world(timeout_minutes: int) -> Iterator[torch.device]:
     """Be in the world that torchrun started, or alone; gives this rank's device.
 
     If the body raises on one of several ranks, none returns from here: that rank prints why (the traceback; of a
-    RequestError its one line) and its process ends, with exit code 1 (or 2), and so do the others, in a line each.
+    refusal its one line) and its process ends, with exit code 1 (or 2), and so do the others, in a line each.
     """
     device = init_distributed(timeout_minutes)
     lookout = None if dist.get_world_size() == 1 else _Lookout()
@@ -85,7 +86,7 @@ class _Lookout:
         """End this rank for an error of its own, which is the run's unless another rank was first."""
         self._over.set()
         self._ending.acquire()
-        code, brief = (2, str(error)) if isinstance(error, RequestError) else (1, _root(error))
+        code, brief = (2, str(error)) if isinstance(error, (RequestError, TokenizerError)) else (1, _root(error))
         brief = " ".join(brief.split())
         text = f"error: {brief}\n" if code == 2 else "".join(traceback.format_exception(error))
         with contextlib.suppress(RuntimeError):  # the store is gone, or the first has died before it could report

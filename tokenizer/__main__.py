@@ -13,18 +13,19 @@ from typing import NoReturn
 import sentencepiece
 from tqdm import tqdm
 
-from tokenizer import audit_report, compare_report, merge_report
-from tokenizer.audit import audit
-from tokenizer.clean import STEPS, merge_clean
-from tokenizer.compare import compare
-from tokenizer.documents import Tally, read_lines, reading
+from tokenizer.audit import report as audit_report
+from tokenizer.audit.run import audit
+from tokenizer.compare import report as compare_report
+from tokenizer.compare.run import compare
 from tokenizer.errors import TokenizerError
-from tokenizer.files import check_outputs, read_model, refuse_existing, write_files
-from tokenizer.huggingface import HUGGINGFACE_FILES, huggingface_files
-from tokenizer.load import open_tokenizer
-from tokenizer.merge import MODES, PAD, merge_chinese_llama
-from tokenizer.picture import draw, require_matplotlib
-from tokenizer.streams import keep_streams_open, output_is_incomplete
+from tokenizer.formats.huggingface import HUGGINGFACE_FILES, huggingface_files
+from tokenizer.formats.load import open_tokenizer
+from tokenizer.formats.sentencepiece_model import read_model
+from tokenizer.merge import report as merge_report
+from tokenizer.merge.chinese_llama import MODES, PAD, merge_chinese_llama
+from tokenizer.merge.clean import STEPS, merge_clean
+from tokenizer.output import check_outputs, keep_streams_open, output_is_incomplete, refuse_existing, write_files
+from tokenizer.text.documents import Tally, read_lines, reading
 from tokenizer.train import train
 
 _ODD_NAMES = "backslashreplace"  # of files, that are not UTF-8
@@ -200,14 +201,14 @@ def run_compare(args: argparse.Namespace) -> int:
     if args.picture:
         if suffix not in ("png", "svg"):
             raise TokenizerError(f"--picture {args.picture}: the name must end in .png or .svg")
-        require_matplotlib()
+        compare_report.require_matplotlib()
     tokenizers = [open_tokenizer("--tokenizer", path) for path in args.tokenizer]
     tally = Tally()
     records = compare(tokenizers, args.input, args.json_key or "text", args.quiet, tally)
     contents = {
         "--json": lambda: _json(records),
         "--markdown": lambda: compare_report.as_markdown(records).encode(errors=_ODD_NAMES),
-        "--picture": lambda: draw(records, suffix),
+        "--picture": lambda: compare_report.draw(records, suffix),
     }
     write_files(", ".join(outputs), {path: contents[flag]() for flag, path in outputs.items()})
     print(compare_report.as_text(records))

@@ -8,8 +8,8 @@ from pathlib import Path
 import sentencepiece
 from tqdm import tqdm
 
-from tokenizer.documents import Tally, read_lines, reading
 from tokenizer.errors import TokenizerError
+from tokenizer.text.documents import Tally, read_lines, reading
 
 # The trainer keeps positions within a sentence in 16 bits and leaves out, silently, what is longer than
 # max_sentence_length: long lines are cut instead.

@@ -22,12 +22,12 @@ from megatron_ext.errors import RequestError
 from megatron_ext.models.decoder import Decoder, whole_model
 from megatron_ext.models.names import EMBEDDING, HEAD
 from megatron_ext.option import flag_of
-from tokenizer.documents import read_documents
 from tokenizer.errors import TokenizerError
-from tokenizer.interface import Tokenizer
-from tokenizer.load import open_tokenizer
-from tokenizer.record import TokenizerRecord, record_of
-from tokenizer.text_file import decode, inspect
+from tokenizer.formats.interface import Tokenizer
+from tokenizer.formats.load import open_tokenizer
+from tokenizer.formats.record import TokenizerRecord, record_of
+from tokenizer.text.documents import read_documents
+from tokenizer.text.file import decode, inspect
 from tools.command import Parser, run
 from tools.conversion.changes.cast import CastWeights
 from tools.conversion.formats.hf_folder import open_tensors
@@ -61,12 +61,8 @@ def build_parser() -> Parser:
     return parser
 
 
-def load_native(folder: Path, dtype: torch.dtype | None = None) -> Decoder:
-    """The trained model, undistributed, in float32, adapters merged. dtype: to which its weights are rounded first."""
-    return _decoder(open_native(folder), dtype)
-
-
-def _decoder(source: Source, dtype: torch.dtype | None) -> Decoder:
+def load_decoder(source: Source, dtype: torch.dtype | None = None) -> Decoder:
+    """Load a model, undistributed, in float32, adapters merged. dtype: to which its weights are rounded first."""
     decoder = whole_model(source.model)
     stored = source.weights if dtype is None else CastWeights(source.weights, dtype)
     weights = {name: stored.read_rows(name, 0, shape[0]).float() for name, shape in stored.shapes.items()}
@@ -78,14 +74,11 @@ def _decoder(source: Source, dtype: torch.dtype | None) -> Decoder:
 
 def first_document(path: Path) -> str:
     """The file's text; of JSON lines, the first document's."""
-    try:
-        file = inspect("--text", path)
-        if file.json_lines:
-            return next(read_documents([path], "text", lambda _: None, "--text"), "")
-        with file.open("--text") as (stream, _):
-            return decode(stream.read(), f"--text {path}")
-    except TokenizerError as error:
-        raise RequestError(str(error)) from error
+    file = inspect("--text", path)
+    if file.json_lines:
+        return next(read_documents([path], "text", lambda _: None, "--text"), "")
+    with file.open("--text") as (stream, _):
+        return decode(stream.read(), f"--text {path}")
 
 
 @torch.no_grad()
@@ -119,14 +112,14 @@ def work(options: argparse.Namespace) -> int:
     )
     print(f"{folder}: {type(exported).__name__}, weights in {_name(dtype)}; tokenizer: {record_of(tokenizer)}")
     as_trained = dtype == next(iter(source.weights.dtypes.values()))
-    decoder = _decoder(source, None if as_trained else dtype)
+    decoder = load_decoder(source, None if as_trained else dtype)
     checks = [*_check_tokenizer(source, record, tokenizer, folder), *_check_model(decoder, exported, tokenizer, ids)]
     print(f"{ids.shape[1] - 1} tokens of {options.text}:")
     for check in checks:
         print(check)
     del decoder  # at most two models in memory
     if not as_trained:
-        full = _losses(_decoder(source, None)(ids), ids).mean().item()
+        full = _losses(load_decoder(source)(ids), ids).mean().item()
         print(f"  (the loss with the weights as they were trained, not rounded to {_name(dtype)}: {full:.6f})")
     if options.prompt is not None:
         prompt = _encode(tokenizer, record, options.prompt, source.model.max_position_embeddings)

@@ -8,7 +8,8 @@ from typing import NoReturn
 
 from megatron_ext.errors import RequestError
 from megatron_ext.launch import refuse_ranks
-from tokenizer.streams import keep_streams_open, output_is_incomplete
+from tokenizer.errors import TokenizerError
+from tokenizer.output import keep_streams_open, output_is_incomplete
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,7 +37,7 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], int], arguments: Se
         options = parser.parse_args(arguments)
         refuse_ranks()
         return work(options) or int(output_is_incomplete())
-    except RequestError as error:
+    except (RequestError, TokenizerError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_ext.errors import RequestError
-from tokenizer.record import record_of
+from tokenizer.formats.record import record_of
 from tools.command import Parser, run_to_write
 from tools.preprocessing.documents import read_chunks, size_on_disk
 from tools.preprocessing.encode import SKIPPED, Recipe, encode_all, open_encoder
@@ -68,7 +68,7 @@ def preprocess(args: argparse.Namespace) -> str:
     """Write the dataset; gives the closing line.
 
     Raises:
-        RequestError: something about the request is wrong; nothing is written.
+        RequestError, TokenizerError: something about the request is wrong; nothing is written.
     """
     if args.workers < 1:
         raise RequestError(f"--workers {args.workers}: give 1 or more")

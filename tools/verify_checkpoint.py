@@ -30,8 +30,9 @@ from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, parameter_shapes, preset, preset_names
 from megatron_ext.models.names import is_adapter
 from megatron_ext.tensor_parallel import LoraConfig
+from tokenizer.errors import TokenizerError
+from tokenizer.formats.record import stored_record
 from tools.command import Parser, run
-from tools.conversion.changes.tokenizer import stored_record
 from tools.conversion.families import family_of
 from tools.conversion.formats.hf_folder import CONFIG, open_hf, open_tensors
 from tools.conversion.formats.json_file import read_table
@@ -179,7 +180,7 @@ def _describe_native(report: Report, checkpoint: Path, manifest: Manifest) -> No
     if manifest.hugging_face is not None:
         model_type = manifest.hugging_face.get(CONFIG, {}).get("model_type")
         report.add("origin", f"Hugging Face model of type {model_type}", model_type=model_type)
-    with contextlib.suppress(RequestError):  # the same
+    with contextlib.suppress(TokenizerError):  # the same
         record = stored_record(manifest.tokenizer, MANIFEST)
         report.add("tokenizer", "not known" if record is None else str(record), tokenizer=manifest.tokenizer)
     report.add_files(checkpoint, manifest.files)

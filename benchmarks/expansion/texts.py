@@ -8,7 +8,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from tokenizer.documents import read_documents
+from tokenizer.text.documents import read_documents
 
 _HELD_OUT_EVERY = 10
 

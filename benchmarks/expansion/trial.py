@@ -17,7 +17,7 @@ from megatron_ext.models.expand import Expansion
 from megatron_ext.optim import OptimizerConfig, TrainableConfig, learning_rate
 from megatron_ext.tensor_parallel import LoraConfig, adapter_product
 from megatron_ext.zero import ZeroConfig
-from tokenizer.decompose import decompose
+from tokenizer.merge.decompose import decompose
 
 SEQ_LENGTH, BATCH = 128, 16
 SHAPE: dict[str, Any] = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 352, "num_attention_heads": 4}

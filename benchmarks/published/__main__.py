@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from benchmarks.published.picture import draw
 from benchmarks.published.runs import Run, published_runs, vtrain_runs
 from megatron_ext.errors import RequestError
-from tokenizer.tables import markdown_table, text_table
+from tokenizer.output import markdown_table, text_table
 from tools.picture import check_picture
 
 _HEAD = (

@@ -8,7 +8,8 @@ from megatron_ext.errors import RequestError
 from pretrain.data.config import DataConfig
 from pretrain.data.corpora import Corpus, read_corpora, require_training_samples
 from pretrain.data.sidecar import check_tokenizers, read_sidecar
-from pretrain.data.tokenizer_file import eod_token, read_tokenizer
+from pretrain.data.tokenizer_file import eod_token
+from tokenizer.formats.load import read_tokenizer
 
 MOST_WORKERS = 1024
 SCAN_BYTES = 16 << 20
@@ -32,7 +33,7 @@ def check_data(config: DataConfig, seq_length: int, vocab_size: int, *, splits: 
     if not 0 <= config.num_workers <= MOST_WORKERS:
         raise RequestError(f"--num-workers {config.num_workers}: give 0 or more, and at most {MOST_WORKERS}")
     corpora = read_corpora(config)
-    tokenizer = read_tokenizer(config.tokenizer_model) if config.tokenizer_model else None
+    tokenizer = read_tokenizer("--tokenizer-model", config.tokenizer_model) if config.tokenizer_model else None
     if tokenizer and tokenizer.vocab_size > vocab_size:
         raise RequestError(
             f"--tokenizer-model {config.tokenizer_model}: tokenizer larger than the vocabulary: it has "

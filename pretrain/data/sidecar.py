@@ -8,8 +8,8 @@ from typing import Any
 from megatron_ext.errors import RequestError
 from pretrain.data.config import DataConfig
 from pretrain.data.corpora import Corpus, parse_data_path
-from pretrain.data.tokenizer_file import read_tokenizer
-from tokenizer.record import TokenizerRecord, read_record, record_of
+from tokenizer.formats.load import read_tokenizer
+from tokenizer.formats.record import TokenizerRecord, read_record, record_of
 
 _LONGEST = 64 << 10
 _KEYS = {
@@ -47,19 +47,20 @@ def corpus_tokenizers(config: DataConfig) -> dict[str, TokenizerRecord | None]:
 
 def check_tokenizers(config: DataConfig) -> None:
     """Raise RequestError unless all corpora that say what made them were made by `--tokenizer-model`, or by one."""
-    known = {prefix: record for prefix, record in corpus_tokenizers(config).items() if record is not None}
-    given = None if config.tokenizer_model is None else record_of(read_tokenizer(config.tokenizer_model))
-    first = next(iter(known), None)
-    for prefix, record in known.items():
+    noted = {prefix: record for prefix, record in corpus_tokenizers(config).items() if record is not None}
+    name = config.tokenizer_model
+    given = None if name is None else record_of(read_tokenizer("--tokenizer-model", name))
+    first = next(iter(noted), None)
+    for prefix, record in noted.items():
         if given is not None and (difference := record.difference(given)):
             raise RequestError(
-                f"--tokenizer-model {config.tokenizer_model} is not what made {prefix} ({record}): it {difference}; "
+                f"--tokenizer-model {name} is not what made {prefix} ({record}): it {difference}; "
                 "give that one, or preprocess again"
             )
         assert first is not None
-        if difference := known[first].difference(record):
+        if difference := noted[first].difference(record):
             raise RequestError(
-                f"--data-path {prefix}: what made it ({record}) is not the tokenizer of {first} ({known[first]}): it "
+                f"--data-path {prefix}: what made it ({record}) is not the tokenizer of {first} ({noted[first]}): it "
                 f"{difference}; preprocess one of them again"
             )
 

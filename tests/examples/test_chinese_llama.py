@@ -19,7 +19,7 @@ from megatron_ext.models.expand import METHODS
 from tests.pretrain.support import metrics
 from tests.slow import sweep
 from tests.tokenizer.samples import write_jsonl, write_sentencepiece
-from tokenizer.merge import MODES
+from tokenizer.merge.chinese_llama import MODES
 
 transformers = pytest.importorskip("transformers")
 

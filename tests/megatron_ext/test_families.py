@@ -22,10 +22,10 @@ from tests.families import MODELS, save_model
 from tests.megatron_ext.training import share
 from tests.slow import sweep
 from tests.weights import InMemory
-from tools.check_export import load_native
+from tools.check_export import load_decoder
 from tools.conversion.families import family_of
 from tools.conversion.formats.hf_folder import open_hf
-from tools.conversion.formats.native import write_native
+from tools.conversion.formats.native import open_native, write_native
 from tools.conversion.rows import bind, to_ours
 
 LENGTH, ROWS = 24, 8
@@ -131,14 +131,14 @@ def test_loss_and_gradients_equal_transformers(
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_transformers(name: str, expected: dict[str, Expected]) -> None:
     with torch.no_grad():
-        logits = load_native(expected[name].checkpoint)(batch()["tokens"])
+        logits = load_decoder(open_native(expected[name].checkpoint))(batch()["tokens"])
     torch.testing.assert_close(logits, expected[name].logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_documents_do_not_see_each_other(name: str, expected: dict[str, Expected]) -> None:
     """Two documents in one sequence get the logits that each gets alone, whatever tells them their positions."""
-    decoder = load_native(expected[name].checkpoint)
+    decoder = load_decoder(open_native(expected[name].checkpoint))
     first, second = batch()["tokens"][:1, :9], batch()["tokens"][1:2, :15]
     ids = torch.cat([first, second], dim=1)
     documents = torch.cat([torch.zeros(1, 9), torch.ones(1, 15)], dim=1).long()

@@ -6,7 +6,7 @@ from typing import Any
 
 import sentencepiece
 
-from tokenizer.files import read_model
+from tokenizer.formats.sentencepiece_model import read_model
 
 ENGLISH = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",

@@ -19,9 +19,9 @@ from tests.tokenizer.samples import (
     write_sentencepiece,
 )
 from tokenizer.__main__ import main
-from tokenizer.audit import audit
-from tokenizer.files import read_model
-from tokenizer.finding import Finding
+from tokenizer.audit.report import Finding
+from tokenizer.audit.run import audit
+from tokenizer.formats.sentencepiece_model import read_model
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"

@@ -11,9 +11,9 @@ import sentencepiece
 
 from tests.tokenizer.samples import CHINESE, ENGLISH, write_byte_level, write_jsonl, write_sentencepiece
 from tokenizer.__main__ import main
-from tokenizer.characters import chinese_runs, has_cjk
-from tokenizer.compare import LINES, RUNS, TOTAL, compare
-from tokenizer.load import open_tokenizer
+from tokenizer.compare.run import LINES, RUNS, TOTAL, compare
+from tokenizer.formats.load import open_tokenizer
+from tokenizer.text.characters import chinese_runs, has_cjk
 
 MIXED = "GPU上的矩阵乘法（matrix multiplication）很快：“快10倍”——真的！\n\nSee §3 — “fast”…"
 

@@ -8,8 +8,8 @@ import pytest
 import sentencepiece
 
 from tests.tokenizer.extended import NEW, OLD, PIECES, extended_model, write_models
-from tokenizer.decompose import Decomposition, decompose
 from tokenizer.errors import TokenizerError
+from tokenizer.merge.decompose import Decomposition, decompose
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 
@@ -89,8 +89,8 @@ def test_a_truncated_model_is_refused(models: tuple[Path, Path], tmp_path: Path)
 
 @pytest.mark.skipif(not (SHARED / "llama.model").is_file(), reason="needs the published models")
 def test_the_published_vocabulary(tmp_path: Path) -> None:
-    from tokenizer.files import read_model
-    from tokenizer.merge import merge_chinese_llama
+    from tokenizer.formats.sentencepiece_model import read_model
+    from tokenizer.merge.chinese_llama import merge_chinese_llama
 
     base, extra = (read_model("", SHARED / f"{name}.model") for name in ("llama", "chinese_sp"))
     merged = merge_chinese_llama(base, extra).proto

@@ -17,9 +17,9 @@ from tests.tokenizer.samples import (
     write_sentencepiece,
 )
 from tokenizer.errors import TokenizerError
-from tokenizer.files import read_model
-from tokenizer.load import open_tokenizer, read_tokenizer
-from tokenizer.record import read_record, record_of
+from tokenizer.formats.load import open_tokenizer, read_tokenizer
+from tokenizer.formats.record import read_record, record_of
+from tokenizer.formats.sentencepiece_model import read_model
 
 TEXTS = [*ENGLISH, *CHINESE, "  two  spaces ", "</s> in <s> text <|endoftext|>", "🦙é\t", "<0x0A>"]
 
@@ -134,7 +134,7 @@ def test_reading_needs_no_other_package(model: Path, tmp_path: Path) -> None:
     path = write_json(tmp_path / "tokenizer.json", as_tokenizer_json(model))
     code = (
         "import sys; sys.modules.update(tokenizers=None, sentencepiece=None, torch=None, transformers=None)\n"
-        "from tokenizer.load import read_tokenizer, open_tokenizer\n"
+        "from tokenizer.formats.load import read_tokenizer, open_tokenizer\n"
         f"print(read_tokenizer('--flag', {str(path)!r}).vocab_size)\n"
         f"open_tokenizer('--flag', {str(path)!r})"
     )

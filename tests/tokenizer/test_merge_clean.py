@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenizer.__main__ import main
-from tokenizer.characters import chinese_runs, has_cjk
-from tokenizer.files import read_model
-from tokenizer.reachable import unreachable
+from tokenizer.formats.sentencepiece_model import read_model, unreachable
+from tokenizer.text.characters import chinese_runs, has_cjk
 
 ENGLISH = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",

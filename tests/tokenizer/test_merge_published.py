@@ -7,7 +7,7 @@ import pytest
 
 from tests.tokenizer.test_merge_clean import check_promises, load, tokens
 from tokenizer.__main__ import main
-from tokenizer.characters import chinese_runs, has_cjk
+from tokenizer.text.characters import chinese_runs, has_cjk
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
-from tokenizer.streams import begin_in_utf8, keep_streams_open, output_is_incomplete
+from tokenizer.output import begin_in_utf8, keep_streams_open, output_is_incomplete
 begin_in_utf8()
 keep_streams_open(tell_closed=True)
 for _ in range(20_000):

@@ -11,11 +11,9 @@ import sentencepiece
 import zstandard
 
 from tokenizer.__main__ import main
-from tokenizer.documents import Tally, read_documents, read_lines
 from tokenizer.errors import TokenizerError
-from tokenizer.load import open_tokenizer
-from tokenizer.losses import Losses
-from tokenizer.text_file import inspect
+from tokenizer.text.documents import Tally, read_documents, read_lines
+from tokenizer.text.file import inspect
 
 TEXTS = ["第一篇文章，有 English words。", "the second\none", "x" * 70_000]
 LINES = "".join(json.dumps({"id": 1, "text": text}, ensure_ascii=False) + "\n" for text in TEXTS).encode()
@@ -128,14 +126,3 @@ def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert said in capsys.readouterr().out
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "b.model"))
     assert "▁progress" in model.encode("a progress", out_type=str)
-
-
-def test_characters_that_a_tokenizer_does_not_keep(tmp_path: Path) -> None:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["an apple a day", "人工智能"] * 9), model_prefix=str(tmp_path / "t"), vocab_size=40,
-        hard_vocab_limit=False, character_coverage=1.0, minloglevel=2,
-    )  # fmt: skip
-    losses = Losses(open_tokenizer("--tokenizer", tmp_path / "t.model"))
-    assert losses.count("an apple  a\nday 人工智能") == (0, 0)  # spaces and line breaks become spaces
-    unknown, removed = losses.count("猫an\x01 ap\u0007ple猫")
-    assert (unknown, removed) == (2, 2)

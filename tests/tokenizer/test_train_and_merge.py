@@ -9,7 +9,8 @@ import sentencepiece
 
 from tests.tokenizer.samples import CHINESE, ENGLISH
 from tokenizer.__main__ import main
-from tokenizer.files import read_model, write_files
+from tokenizer.formats.sentencepiece_model import read_model
+from tokenizer.output import write_files
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

@@ -15,8 +15,8 @@ from tests.families import save_model
 from tests.tokenizer.extended import OLD, base_model, extended_model, write_models
 from tests.tokenizer.samples import CHINESE, ENGLISH, write_byte_level, write_json, write_sentencepiece
 from tests.tools.test_convert_checkpoint import convert
-from tokenizer.load import open_tokenizer
-from tokenizer.record import record_of
+from tokenizer.formats.load import open_tokenizer
+from tokenizer.formats.record import record_of
 from tools import check_export
 from tools.command import run
 from tools.conversion.proof.tokenizers import compare

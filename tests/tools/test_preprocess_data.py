@@ -14,7 +14,9 @@ import pytest
 import sentencepiece
 import zstandard
 
+from tokenizer.formats.load import open_tokenizer
 from tools.preprocess_data import main
+from tools.preprocessing.encode import LostCharacters
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
@@ -236,3 +238,14 @@ def test_interruption_leaves_nothing(model: Path, tmp_path: Path, number: signal
     assert list(tmp_path.iterdir()) == []
     process.stdin.close()
     process.stderr.close()
+
+
+def test_characters_that_a_tokenizer_does_not_keep(tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["an apple a day", "人工智能"] * 9), model_prefix=str(tmp_path / "t"), vocab_size=40,
+        hard_vocab_limit=False, character_coverage=1.0, minloglevel=2,
+    )  # fmt: skip
+    lost = LostCharacters(open_tokenizer("--tokenizer", tmp_path / "t.model"))
+    assert lost.count("an apple  a\nday 人工智能") == (0, 0)  # spaces and line breaks become spaces
+    unknown, removed = lost.count("猫an\x01 ap\u0007ple猫")
+    assert (unknown, removed) == (2, 2)

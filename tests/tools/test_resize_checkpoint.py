@@ -13,7 +13,7 @@ from megatron_ext.checkpoint import find_checkpoint, read_manifest
 from megatron_ext.models.expand import METHODS
 from tests.tokenizer.extended import NEW, OLD, base_model, extended_model, write_models
 from tests.tools.test_convert_checkpoint import convert, hf_model, tensors
-from tokenizer.decompose import decompose
+from tokenizer.merge.decompose import decompose
 
 transformers = pytest.importorskip("transformers")
 

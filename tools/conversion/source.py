@@ -14,7 +14,7 @@ from tqdm import tqdm
 from megatron_ext.checkpoint.read import Weights
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, parameter_shapes
-from tokenizer.record import TokenizerRecord
+from tokenizer.formats.record import TokenizerRecord
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CONFIG, GENERATION = "config.json", "generation_config.json"

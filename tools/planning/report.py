@@ -8,7 +8,7 @@ from megatron_ext.models.count import parameters
 from megatron_ext.planner.cluster import Cluster
 from megatron_ext.planner.plan import Plan
 from megatron_ext.planner.reasons import Alternative, costs
-from tokenizer.tables import text_table
+from tokenizer.output import text_table
 from tools.planning.script import layout_flags
 
 _GIB = 2**30

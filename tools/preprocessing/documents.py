@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_ext.errors import RequestError
-from tokenizer.errors import TokenizerError
-from tokenizer.text_file import inspect
+from tokenizer.text.file import inspect
 
 STDIN = "-"
 CHUNK_BYTES = 256 << 10
@@ -37,14 +35,11 @@ def size_on_disk(names: Sequence[str]) -> int | None:
     """Bytes of all files, None when standard input is among them.
 
     Raises:
-        RequestError: a file does not exist, or is neither JSON lines nor plain text.
+        TokenizerError: a file does not exist, or is neither JSON lines nor plain text.
     """
     files = [Path(name) for name in names if name != STDIN]
-    try:
-        for file in files:
-            inspect("--input", file)
-    except TokenizerError as error:
-        raise RequestError(str(error)) from None
+    for file in files:
+        inspect("--input", file)
     return None if STDIN in names else sum(file.stat().st_size for file in files)
 
 
@@ -52,25 +47,18 @@ def read_chunks(names: Sequence[str]) -> Iterator[Chunk]:
     """The documents of the files, in order; standard input holds JSON lines.
 
     Raises:
-        RequestError: a file cannot be read or decompressed.
+        TokenizerError: a file cannot be read or decompressed.
     """
-    try:
-        for name in names:
-            yield from _read_file(name)
-    except TokenizerError as error:
-        raise RequestError(str(error)) from None
-
-
-def _read_file(name: str) -> Iterator[Chunk]:
-    if name == STDIN:
-        yield from _read_lines(name, sys.stdin.buffer, None)
-        return
-    file = inspect("--input", Path(name))
-    with file.open("--input") as (stream, raw):
-        if file.json_lines:
-            yield from _read_lines(name, stream, raw)
-        else:
-            yield Chunk(name, 1, False, [stream.read()], raw.tell())
+    for name in names:
+        if name == STDIN:
+            yield from _read_lines(name, sys.stdin.buffer, None)
+            continue
+        file = inspect("--input", Path(name))
+        with file.open("--input") as (stream, raw):
+            if file.json_lines:
+                yield from _read_lines(name, stream, raw)
+            else:
+                yield Chunk(name, 1, False, [stream.read()], raw.tell())
 
 
 def _read_lines(name: str, stream: BinaryIO, raw: BinaryIO | None) -> Iterator[Chunk]:

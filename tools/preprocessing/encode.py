@@ -14,10 +14,9 @@ import numpy as np
 
 from megatron_ext.errors import RequestError
 from tokenizer.errors import TokenizerError
-from tokenizer.interface import Tokenizer
-from tokenizer.load import open_tokenizer
-from tokenizer.losses import Losses
-from tokenizer.text_file import decode, json_text
+from tokenizer.formats.interface import Tokenizer
+from tokenizer.formats.load import open_tokenizer
+from tokenizer.text.file import decode, json_text
 from tools.preprocessing.documents import Chunk
 
 # what of a text does not come into a dataset, as the sidecar names it -> as the last line says it
@@ -38,6 +37,31 @@ class Encoder(Tokenizer):
     def dtype(self) -> np.dtype[Any]:
         """Type of a token on disk, chosen as megatron-core does."""
         return np.dtype(np.uint16 if self.vocab_size < 65500 else np.int32)
+
+
+class LostCharacters:
+    """Counts characters that a tokenizer does not know and those that its normalization removes.
+
+    Each character is tried once, between two letters: so that one which becomes a space is not taken for removed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._encode, self._unknown_id = tokenizer.encode, tokenizer.unk_id
+        self._around = self._encode("aa")
+        self._seen: set[str] = set()
+        self._unknown: set[str] = set()
+        self._removed: set[str] = set()
+
+    def count(self, text: str) -> tuple[int, int]:
+        """Characters of `text` that are unknown, and that are removed."""
+        letters = set(text)
+        for letter in letters - self._seen:
+            if self._unknown_id is not None and self._unknown_id in self._encode(letter):
+                self._unknown.add(letter)
+            elif self._encode(f"a{letter}a") == self._around:
+                self._removed.add(letter)
+        self._seen |= letters
+        return tuple(sum(map(text.count, letters & kind)) for kind in (self._unknown, self._removed))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -70,22 +94,16 @@ class Encoded:
 
 
 def open_encoder(name: str) -> Encoder:
-    """Open the tokenizer of `--tokenizer-model`, as `tokenizer.load.open_tokenizer` does.
+    """Open the tokenizer of `--tokenizer-model`; errors as `open_tokenizer`."""
+    return Encoder(**vars(open_tokenizer("--tokenizer-model", name)))
+
+
+def encode_chunk(chunk: Chunk, encoder: Encoder, lost: LostCharacters, recipe: Recipe) -> Encoded:
+    """Encode the documents of a chunk; each is kept whole. lost: of the encoder, kept from chunk to chunk.
 
     Raises:
-        RequestError: it is missing, or no tokenizer.
-    """
-    try:
-        return Encoder(**vars(open_tokenizer("--tokenizer-model", name)))
-    except TokenizerError as error:
-        raise RequestError(str(error)) from None
-
-
-def encode_chunk(chunk: Chunk, encoder: Encoder, losses: Losses, recipe: Recipe) -> Encoded:
-    """Encode the documents of a chunk; each is kept whole. losses: of the encoder, kept from chunk to chunk.
-
-    Raises:
-        RequestError: a document cannot be decoded; the message says file:line.
+        TokenizerError: a document cannot be decoded; the message says file:line.
+        RequestError: a document is too long for the format.
     """
     tokens, lengths, max_id = [], array.array("i"), -1
     counts: Counter[str] = Counter()
@@ -96,19 +114,14 @@ def encode_chunk(chunk: Chunk, encoder: Encoder, losses: Losses, recipe: Recipe)
             counts["blank_lines_skipped"] += 1
             continue  # a blank line between two JSON lines is no document
         where = f"{chunk.name}:{line}" if chunk.json_lines else chunk.name
-        try:
-            named = f"--input {where}"
-            text = (
-                json_text(document, named, recipe.json_keys, "--json-keys")
-                if chunk.json_lines
-                else decode(document, named)
-            )
-        except TokenizerError as error:
-            raise RequestError(str(error)) from None
+        if chunk.json_lines:
+            text = json_text(document, f"--input {where}", recipe.json_keys, "--json-keys")
+        else:
+            text = decode(document, f"--input {where}")
         if not text.strip():
             counts["empty_documents_skipped"] += 1
             continue
-        unknown, removed = losses.count(text)
+        unknown, removed = lost.count(text)
         counts["unknown_characters"] += unknown
         counts["removed_characters"] += removed
         encoded = encoder.encode(text)
@@ -129,11 +142,11 @@ def encode_all(chunks: Iterator[Chunk], encoder: Encoder, recipe: Recipe, worker
     """Encode chunks in `workers` processes (1: in this one), in the order given whatever their number.
 
     Raises:
-        RequestError: a document cannot be decoded, or a worker died.
+        TokenizerError, RequestError: as `encode_chunk`; a worker died.
     """
     if workers == 1:
-        losses = Losses(encoder)
-        yield from (encode_chunk(chunk, encoder, losses, recipe) for chunk in chunks)
+        lost = LostCharacters(encoder)
+        yield from (encode_chunk(chunk, encoder, lost, recipe) for chunk in chunks)
         return
     pool = [_Worker(recipe) for _ in range(workers)]
     try:
@@ -188,13 +201,13 @@ def _work(chunks: Any, answers: Any, recipe: Recipe, parent: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they may reach the whole group; the parent stops us
     encoder = open_encoder(recipe.tokenizer)
-    losses = Losses(encoder)
+    lost = LostCharacters(encoder)
     while os.getppid() == parent:  # a killed parent cannot stop us: leave with it
         try:
             chunk = chunks.get(timeout=1)
         except queue.Empty:
             continue
         try:
-            answers.put(encode_chunk(chunk, encoder, losses, recipe))
-        except RequestError as error:
+            answers.put(encode_chunk(chunk, encoder, lost, recipe))
+        except (RequestError, TokenizerError) as error:
             answers.put(str(error))

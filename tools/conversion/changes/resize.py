@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint.resize import VOCABULARY_MATRICES, ResizedWeights
-from megatron_ext.errors import RequestError
 from megatron_ext.models.expand import Expansion
-from tokenizer.decompose import Decomposition, decompose
-from tokenizer.errors import TokenizerError
+from tokenizer.merge.decompose import Decomposition, decompose
 from tools.conversion.source import Source
 
 REPORT = "embedding_init.json"
@@ -43,14 +41,13 @@ class Resized:
 def resize(
     source: Source, where: str, base: Path, tokenizer: Path, method: str, norm_correction: bool, seed: int
 ) -> Resized:
-    """Let `source` grow from the tokenizer `base` to `tokenizer`; raises RequestError where they do not fit.
+    """Let `source` grow from the tokenizer `base` to `tokenizer`.
 
-    where: starts the message if it is the source that does not.
+    Raises:
+        TokenizerError: `tokenizer` does not extend `base`.
+        RequestError: the source has another vocabulary; the message begins with `where`.
     """
-    try:
-        decomposition = decompose("--base-tokenizer", base, "--tokenizer", tokenizer)
-    except TokenizerError as error:
-        raise RequestError(str(error)) from error
+    decomposition = decompose("--base-tokenizer", base, "--tokenizer", tokenizer)
     expansion = Expansion(
         old_size=decomposition.old_size,
         parts=decomposition.parts,

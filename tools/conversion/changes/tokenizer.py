@@ -1,27 +1,19 @@
 """Which tokenizer a model has on its way: found beside its weights, noted in its checkpoint, or given by a flag."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import RequestError
 from tokenizer.errors import TokenizerError
-from tokenizer.interface import TokenizerFile
-from tokenizer.load import open_tokenizer, read_tokenizer
-from tokenizer.record import TokenizerRecord, read_record, record_of
+from tokenizer.formats.interface import TokenizerFile
+from tokenizer.formats.load import open_tokenizer, read_tokenizer
+from tokenizer.formats.record import TokenizerRecord, record_of
 from tools.conversion.source import CONFIG, GENERATION, Source
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _GROW = "let the model grow with --embedding-init METHOD --base-tokenizer OLD"
-
-
-def stored_record(plain: dict[str, Any] | None, where: str) -> TokenizerRecord | None:
-    """The record that a checkpoint holds. Raises RequestError, a line that starts with `where`, if it is damaged."""
-    try:
-        return None if plain is None else read_record(plain)
-    except ValueError as error:
-        raise RequestError(f"{where} describes a tokenizer that this program does not know ({error})") from None
 
 
 def recognised(source: Source, asked: bool) -> Source:
@@ -71,11 +63,12 @@ def given(
 
     Raises:
         RequestError: it, or `base`, is not the model's.
+        TokenizerError: one of them cannot be read.
     """
-    tokenizer = _read("--tokenizer", path, open_tokenizer)
+    tokenizer = open_tokenizer("--tokenizer", path)
     record, before = record_of(tokenizer), source.record
     if base is not None:
-        _check_same(before, record_of(_read("--base-tokenizer", base)), f"--base-tokenizer {base}", where, "")
+        _check_same(before, record_of(read_tokenizer("--base-tokenizer", base)), f"--base-tokenizer {base}", where, "")
     else:
         _check_size(tokenizer, path, source)
         remedy = f"; {_GROW}, or name it the model's on purpose with --change-tokenizer"
@@ -90,13 +83,6 @@ def given(
     return dataclasses.replace(
         record, prepend_bos=before.prepend_bos, eod_token_id=None if changed else before.eod_token_id
     )
-
-
-def _read(flag: str, path: Path, read: Callable[[str, str | Path], TokenizerFile] = read_tokenizer) -> TokenizerFile:
-    try:
-        return read(flag, path)
-    except TokenizerError as error:
-        raise RequestError(str(error)) from error
 
 
 def _check_same(before: TokenizerRecord | None, record: TokenizerRecord, named: str, where: str, remedy: str) -> None:

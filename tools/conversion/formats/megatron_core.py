@@ -27,7 +27,7 @@ from megatron_ext.checkpoint.write import write_weights
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.names import EMBEDDING, HEAD, POSITIONS
-from tools.conversion.changes.tokenizer import stored_record
+from tokenizer.formats.record import stored_record
 from tools.conversion.formats.megatron_args import from_args, to_args
 from tools.conversion.rows import Rule, bind, key_value_heads, theirs_shapes, to_ours, to_theirs
 from tools.conversion.source import Source, check_dtypes, check_shapes

@@ -12,14 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.errors import RequestError
-from tokenizer.errors import TokenizerError
-from tokenizer.files import read_model
-from tokenizer.huggingface import huggingface_files
-from tokenizer.interface import Tokenizer
-from tokenizer.load import open_tokenizer
-from tokenizer.record import TokenizerRecord
-from tokenizer.tokenizer_json import read_object, special_names, with_first_token
+from tokenizer.formats.huggingface import huggingface_files
+from tokenizer.formats.interface import Tokenizer
+from tokenizer.formats.load import open_tokenizer
+from tokenizer.formats.record import TokenizerRecord
+from tokenizer.formats.sentencepiece_model import read_model
+from tokenizer.formats.tokenizer_json import read_object, special_names, with_first_token
 from tools.conversion.proof.prove import NotEqual
 from tools.conversion.proof.run_transformers import NotRunnable
 from tools.conversion.proof.tokenizers import Differences, compare
@@ -70,12 +68,9 @@ def write(flag: str, source: Path, record: TokenizerRecord, folder: Path, rows: 
 
     Raises:
         NotEqual: transformers gives other ids with any configuration.
-        RequestError: it cannot be read.
+        TokenizerError: it cannot be read.
     """
-    try:
-        tokenizer = open_tokenizer(flag, source)
-    except TokenizerError as error:
-        raise RequestError(str(error)) from error
+    tokenizer = open_tokenizer(flag, source)
     if tokenizer.kind == "SentencePiece":
         configurations = _write_sentencepiece(flag, tokenizer, record, folder, rows)
     else:

@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from tokenizer.interface import Tokenizer
-from tokenizer.record import TEXTS, TokenizerRecord
+from tokenizer.formats.interface import Tokenizer
+from tokenizer.formats.record import TEXTS, TokenizerRecord
 from tools.conversion.proof.run_transformers import NotRunnable
 
 

@@ -1,44 +1,31 @@
 """What is wrong with a tokenizer: in itself, against the one that it extends, and on text."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
 from tqdm import tqdm
 
-from tokenizer.audit_pieces import check_coverage, check_dead, check_duplicates, check_lost, dead_pieces
-from tokenizer.audit_special import check_special_tokens
-from tokenizer.audit_text import LineCheck, TokenRate, byte_rate, changed_lines, disagreement, round_trip, unknown_rate
-from tokenizer.documents import Tally, read_lines, reading
+from tokenizer.audit.pieces import (
+    check_coverage,
+    check_dead,
+    check_duplicates,
+    check_lost,
+    check_special_tokens,
+    dead_pieces,
+)
+from tokenizer.audit.report import Audit, Finding, skipped
+from tokenizer.audit.text import LineCheck, TokenRate, byte_rate, changed_lines, disagreement, round_trip, unknown_rate
 from tokenizer.errors import TokenizerError
-from tokenizer.files import read_model
-from tokenizer.finding import Finding, skipped
-from tokenizer.interface import Tokenizer
-from tokenizer.load import find, open_tokenizer, read_bytes
-from tokenizer.tokenizer_json import entries, is_json, parse_json, why_not_a_model
+from tokenizer.formats.interface import Tokenizer
+from tokenizer.formats.load import find, open_tokenizer, read_bytes
+from tokenizer.formats.sentencepiece_model import read_model
+from tokenizer.formats.tokenizer_json import entries, is_json, parse_json, why_not_a_model
+from tokenizer.text.documents import Tally, read_lines, reading
 
 _NO_BASE = "needs the tokenizer that this one extends: give --base"
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What was examined, and a finding for each check.
-
-    Attributes:
-        facts: name to value: the tokenizer's file, its kind, size and sha256, the base's file, the texts.
-        findings: in the order of the report.
-    """
-
-    facts: Mapping[str, Any]
-    findings: tuple[Finding, ...]
-
-    @property
-    def has_warnings(self) -> bool:
-        """Whether some check found something."""
-        return any(finding.status == "warning" for finding in self.findings)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizer.errors import TokenizerError
-from tokenizer.interface import Tokenizer, TokenizerFile, digest
-from tokenizer.tokenizer_json import is_json, open_json, read_json
+from tokenizer.formats.interface import Tokenizer, TokenizerFile, digest
+from tokenizer.formats.tokenizer_json import is_json, open_json, read_json
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

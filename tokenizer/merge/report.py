@@ -5,11 +5,11 @@ from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-from tokenizer.evidence import batches_of_runs
-from tokenizer.fast_tokenizer import why_no_fast_tokenizer
-from tokenizer.merge import Merged, merge_chinese_llama
-from tokenizer.reachable import encoder_alone, unreachable
-from tokenizer.tables import markdown_table
+from tokenizer.formats.huggingface import why_no_fast_tokenizer
+from tokenizer.formats.sentencepiece_model import encoder_alone, unreachable
+from tokenizer.merge.chinese_llama import Merged, merge_chinese_llama
+from tokenizer.merge.corpus import batches_of_runs
+from tokenizer.output import markdown_table
 
 _EXAMPLES = 20
 

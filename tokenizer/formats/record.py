@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from tokenizer.interface import Tokenizer, TokenizerFile, digest
+from tokenizer.errors import TokenizerError
+from tokenizer.formats.interface import Tokenizer, TokenizerFile, digest
 
 # English and Chinese; spaces before, between, behind; digits; line breaks; what takes several bytes and characters
 TEXTS = (
@@ -114,3 +115,15 @@ def read_record(plain: Any) -> TokenizerRecord:
         if not isinstance(plain.get(name), kind):  # type: ignore[arg-type]
             raise ValueError(f"{name} {plain.get(name)!r}")
     return TokenizerRecord(**{name: plain.get(name) for name in kinds})  # type: ignore[arg-type]
+
+
+def stored_record(plain: Any, where: str) -> TokenizerRecord | None:
+    """Read what a checkpoint says of its tokenizer, None where it says nothing.
+
+    Raises:
+        TokenizerError: it is no record; the message begins with `where`.
+    """
+    try:
+        return None if plain is None else read_record(plain)
+    except ValueError as error:
+        raise TokenizerError(f"{where} describes a tokenizer that this program does not know ({error})") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tokenizer.text_file import decode, inspect, json_text
+from tokenizer.text.file import decode, inspect, json_text
 
 
 @dataclass

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence, Set
 
-from tokenizer.characters import has_cjk
-from tokenizer.finding import EXAMPLES, Finding, judged, share
-from tokenizer.interface import Tokenizer
+from tokenizer.audit.report import EXAMPLES, Finding, judged, share
+from tokenizer.formats.interface import Tokenizer
+from tokenizer.text.characters import has_cjk
 
 _MANY_BYTES = 0.05  # of the tokens: beyond this the text is in a language that the vocabulary does not know
 

@@ -5,12 +5,12 @@ from unicodedata import category
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
 
-from tokenizer.candidates import Candidates, candidates, compounds, standard_characters, traditional_characters
 from tokenizer.errors import TokenizerError
-from tokenizer.merge import EXTRA_PIECES, PAD, PADDING, Merged, new_pieces, refuse_second_pad
-from tokenizer.reachable import left_by_normalization
-from tokenizer.selection import extend, fit
-from tokenizer.tuning import Expected, tune, worth
+from tokenizer.formats.sentencepiece_model import left_by_normalization
+from tokenizer.merge.candidates import Candidates, candidates, compounds, standard_characters, traditional_characters
+from tokenizer.merge.chinese_llama import EXTRA_PIECES, PAD, PADDING, Merged, new_pieces, refuse_second_pad
+from tokenizer.merge.corpus import Expected, tune, worth
+from tokenizer.merge.selection import extend, fit
 
 STEPS = 3
 # Of the new pieces, those for a word and a mark or for two words. Without a corpus their shares are guesses.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizer.errors import TokenizerError
-from tokenizer.interface import Tokenizer, TokenizerFile, digest
+from tokenizer.formats.interface import Tokenizer, TokenizerFile, digest
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 

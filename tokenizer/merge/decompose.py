@@ -9,9 +9,8 @@ from pathlib import Path
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from tokenizer.errors import TokenizerError
-from tokenizer.files import read_model
-from tokenizer.merge import PAD
-from tokenizer.reachable import encoder_alone
+from tokenizer.formats.sentencepiece_model import encoder_alone, read_model
+from tokenizer.merge.chinese_llama import PAD
 
 # An old id, and how many characters it stands for: a byte of a character of three bytes stands for a third.
 Part = tuple[int, Fraction]

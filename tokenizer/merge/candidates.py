@@ -8,7 +8,7 @@ from math import exp
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
 
-from tokenizer.characters import chinese_runs, has_cjk
+from tokenizer.text.characters import chinese_runs, has_cjk
 
 _SPACE = "▁"
 _FULL_WIDTH = "，：；！？（）"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizer.characters import chinese_runs
-from tokenizer.documents import Tally, read_lines, reading
 from tokenizer.errors import TokenizerError
-from tokenizer.interface import Tokenizer
+from tokenizer.formats.interface import Tokenizer
+from tokenizer.text.characters import chinese_runs
+from tokenizer.text.documents import Tally, read_lines, reading
 
 LINES, RUNS = "whole lines", "runs of Chinese"
 TOTAL = "total"

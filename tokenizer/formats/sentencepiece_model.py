@@ -1,9 +1,36 @@
-"""Which pieces of a SentencePiece model some text can produce."""
+"""SentencePiece models by their pieces: a whole one read, and which of its pieces some text can produce."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+from tokenizer.errors import TokenizerError
+from tokenizer.formats.load import find, read_bytes
+from tokenizer.formats.tokenizer_json import is_json, why_not_a_model
+
+
+def read_model(flag: str, path: Path) -> ModelProto:
+    """Parse a SentencePiece model: a `.model`, or a directory with a tokenizer.model.
+
+    Raises:
+        TokenizerError: it cannot be read, is cut off, or is something else; of a tokenizer.json the message says
+            why it cannot stand in for a model.
+    """
+    file = find(flag, path)
+    content = read_bytes(flag, file)
+    if is_json(file, content):
+        raise TokenizerError(f"{flag} {file} {why_not_a_model(content)}")
+    try:
+        proto = ModelProto.FromString(content)
+    except Exception:  # protobuf's DecodeError, whose module differs between its implementations
+        proto = ModelProto()
+    if not proto.pieces:
+        raise TokenizerError(f"{flag} {file} is not a SentencePiece model, or not the whole of one")
+    if not proto.HasField("trainer_spec"):  # follows the pieces: a cut between two fields parses well
+        raise TokenizerError(f"{flag} {file}: the end of this SentencePiece model is missing; copy it again")
+    return proto
 
 
 def unreachable(proto: ModelProto) -> list[int]:

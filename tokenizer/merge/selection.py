@@ -9,8 +9,8 @@ from math import log
 import numpy as np
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-from tokenizer.characters import has_cjk
-from tokenizer.reachable import encoder_alone
+from tokenizer.formats.sentencepiece_model import encoder_alone
+from tokenizer.text.characters import has_cjk
 
 _RARE = 1e-7  # the share of tokens assumed for what has none
 _ATTEMPTS = 8  # a piece that is not reached by then is given up

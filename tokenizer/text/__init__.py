@@ -1,0 +1,1 @@
+"""Files of text: what they are, their documents and lines, and where Chinese is in them."""
