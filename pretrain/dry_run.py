@@ -16,6 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from tqdm import tqdm
 
 from megatron_ext.engine import Engine, EngineConfig
+from megatron_ext.fake_world import destroy_fake_world, init_fake_world
 from megatron_ext.footprint import ModelStates, held
 from megatron_ext.mesh import ProcessGrid, build_grid
 from megatron_ext.models import StageSpec, parameter_shapes
@@ -23,7 +24,6 @@ from megatron_ext.models.names import EMBEDDING
 from megatron_ext.pipeline import StageLayout
 from megatron_ext.planner.memory import RankMemory, pipeline_memory
 from megatron_ext.planner.states import layout_of, pp_rank_elements, rank_states
-from megatron_ext.pretended import join_pretended_world, leave_pretended_world
 from megatron_ext.zero import ZeroConfig
 from pretrain.config import RunConfig
 from pretrain.describe import describe
@@ -51,7 +51,7 @@ def dry_run(config: RunConfig) -> None:
     pp = resolved.parallel.pipeline_model_parallel_size
     check_names(built[:: len(built) // pp], shapes)
 
-    with _pretended_grid(resolved, world_size, 0) as grid:
+    with _fake_grid(resolved, world_size, 0) as grid:
         introduction = describe(resolved, grid)
     memory = pipeline_memory(resolved, world_size)
     parameters = [pp_rank_elements(resolved, world_size, pp_rank).weights for pp_rank in range(pp)]
@@ -74,12 +74,12 @@ def ranks_to_build(config: EngineConfig, world_size: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def _pretended_grid(config: EngineConfig, world_size: int, rank: int) -> Iterator[ProcessGrid]:
-    device = join_pretended_world(rank, world_size)
+def _fake_grid(config: EngineConfig, world_size: int, rank: int) -> Iterator[ProcessGrid]:
+    device = init_fake_world(rank, world_size)
     try:
         yield build_grid(config.parallel, device)
     finally:
-        leave_pretended_world()
+        destroy_fake_world()
 
 
 def build_rank(config: EngineConfig, world_size: int, rank: int, shapes: Shapes) -> set[str]:
@@ -87,7 +87,7 @@ def build_rank(config: EngineConfig, world_size: int, rank: int, shapes: Shapes)
 
     shapes: of the whole model. Returns the names of the rank's parameters, without copies of another rank's.
     """
-    with _pretended_grid(config, world_size, rank) as grid:
+    with _fake_grid(config, world_size, rank) as grid:
         engine = Engine(_without_host(config), grid)
         check_shapes(engine, shapes)
         if config.zero.zero_engine == "torch":

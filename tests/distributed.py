@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ext.pretended import join_pretended_world, leave_pretended_world
-from tests.megatron_ext.pretended_device import prepare_steps
+from megatron_ext.fake_world import destroy_fake_world, init_fake_world
+from tests.megatron_ext.fake_device import prepare_steps
 
 MAX_RANKS = 8
 _GRACE_SECONDS = 3.0  # for ranks to say where a collective waited in vain, and what they know when one has failed
@@ -93,7 +93,7 @@ class Pool:
                 pipe.close()
 
     def pretend(self, fn: Callable[..., Any], world_size: int, *args: Any, ranks: Sequence[int] | None = None) -> Any:
-        """fn(*args) as ranks of a world that is not there (megatron_ext/pretended.py), all in one process: their
+        """fn(*args) as ranks of a world that is not there (megatron_ext/fake_world.py), all in one process: their
         results. Of messages there is all but what is in them. ranks: by default the first and the last."""
         return self.run(_as_ranks, 1, fn, world_size, args, ranks or sorted({0, world_size - 1}))[0]
 
@@ -128,12 +128,12 @@ def _as_ranks(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], ra
     dist.destroy_process_group()
     results = []
     for rank in ranks:
-        join_pretended_world(rank, world_size)
+        init_fake_world(rank, world_size)
         try:
             with prepare_steps(world_size):
                 results.append(fn(*args))
         finally:
-            leave_pretended_world()
+            destroy_fake_world()
         gc.collect()
     return results
 
@@ -153,7 +153,7 @@ def _rank_main(pipe: Connection, port: int, job: str, rank: int, world: int, tim
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
         fn, args = pickle.loads(task)
         answer = pickle.dumps((True, fn(*args)))
-        if dist.is_initialized():  # one that stepped into a pretended world has left this one
+        if dist.is_initialized():  # one that stepped into a fake world has left this one
             dist.barrier()  # nobody leaves while another still talks to it
             dist.destroy_process_group()
     except BaseException:

@@ -2,8 +2,8 @@
 
 from megatron_ext.checkpoint.directory import MANIFEST, Manifest
 from megatron_ext.errors import RequestError
-from megatron_ext.kinds import check_kinds
 from megatron_ext.models import ModelConfig
+from megatron_ext.option import check_types
 from megatron_ext.tensor_parallel import LoraConfig
 
 
@@ -21,7 +21,7 @@ def model_of(manifest: Manifest, where: str = MANIFEST) -> tuple[ModelConfig, Lo
         model.validate()
         lora = None if manifest.lora is None else LoraConfig(**manifest.lora)
         if lora is not None:
-            check_kinds(lora)
+            check_types(lora)
             lora.validate()
     except (RequestError, TypeError) as error:
         newer = "written by a newer version?"

@@ -4,8 +4,7 @@ import dataclasses
 from typing import Any
 
 from megatron_ext.errors import RequestError
-from megatron_ext.kinds import check_kinds
-from megatron_ext.option import flag_of, option, refuse_unused
+from megatron_ext.option import check_types, flag_of, option, refuse_unused
 
 ACTIVATIONS = ("swiglu", "gelu", "gelu-tanh", "relu")
 _MOST_LAYERS = 10_000
@@ -91,7 +90,7 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raise RequestError where the numbers do not make a model."""
-        check_kinds(self)  # first: what comes after computes with them
+        check_types(self)  # first: what comes after computes with them
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
         lengths = ("max_position_embeddings", "rope_original_max_position", "window_size")
         for name in (*sizes, "num_query_groups", "kv_channels", *lengths):

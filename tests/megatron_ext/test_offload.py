@@ -14,8 +14,8 @@ from megatron_ext.models import ModelConfig
 from megatron_ext.models.count import parameters
 from megatron_ext.zero import ZeroConfig
 from tests.distributed import Pool
+from tests.megatron_ext.fake_device import init_fake_device
 from tests.megatron_ext.layouts import Layout, Reference, assert_parity, layout
-from tests.megatron_ext.pretended_device import pretend_device
 from tests.megatron_ext.test_communication import memory
 from tests.megatron_ext.training import LR, STEPS, tiny, train, worst
 from tests.slow import sweep
@@ -53,7 +53,7 @@ def test_offloaded_layout_equals_one_process(pool: Pool, reference: Reference, n
 
 def copies_to_the_host(config: EngineConfig, world_size: int) -> tuple[list[int], list[int]]:
     """Sizes of what a step of rank 0 copies from the device, and of the gradients among it. Checks what is where."""
-    device, copied = pretend_device(world_size)
+    device, copied = init_fake_device(world_size)
     grid = build_grid(config.parallel, device)
     engine = Engine(config, grid)
     if grid.size("pp") == 1:
@@ -105,7 +105,7 @@ def test_a_step_copies_reduced_gradients_and_two_scalars_to_the_host(pool: Pool,
 
 
 def device_memory(config: EngineConfig) -> tuple[float, float, float]:
-    device, _ = pretend_device(4)
+    device, _ = init_fake_device(4)
     return memory(config, device)
 
 

@@ -32,7 +32,7 @@ BIASED = {"add_bias_linear": True, "normalization": "LayerNorm", "activation": "
 
 @pytest.fixture(autouse=True)
 def nothing_comes_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Whatever a test does: nothing is written where it stands, and no pretended world is left behind."""
+    """Whatever a test does: nothing is written where it stands, and no fake world is left behind."""
     monkeypatch.chdir(tmp_path)
     yield
     assert tree(tmp_path) == {}

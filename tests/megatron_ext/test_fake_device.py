@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from megatron_ext.engine import Engine
+from megatron_ext.fake_world import destroy_fake_world, init_fake_world
 from megatron_ext.mesh import build_grid
-from megatron_ext.pretended import join_pretended_world, leave_pretended_world
 from tests.distributed import Pool
+from tests.megatron_ext.fake_device import Crossings, prepare_steps
 from tests.megatron_ext.layouts import Layout, layout
-from tests.megatron_ext.pretended_device import Crossings, prepare_steps
 from tests.megatron_ext.test_parity import LAYOUTS
 from tests.megatron_ext.training import LR, global_batch, share, tiny
 from tests.slow import sweep
@@ -30,8 +30,8 @@ PARTS = 6  # processes that go through them one after the other
 
 
 def step(case: Layout, rank: int) -> list[str]:
-    """Train, evaluate and train as this rank of a pretended world. Returns what was copied after the first step."""
-    device = join_pretended_world(rank, case.ranks)
+    """Train, evaluate and train as this rank of a fake world. Returns what was copied after the first step."""
+    device = init_fake_world(rank, case.ranks)
     try:
         config = tiny(**case.options)
         with prepare_steps(case.ranks):
@@ -45,7 +45,7 @@ def step(case: Layout, rank: int) -> list[str]:
                 assert engine.train_step(batch, LR).device == device
         return crossings.found
     finally:
-        leave_pretended_world()
+        destroy_fake_world()
 
 
 def steps(part: int, of_last: bool) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from torch._C._distributed_c10d import FakeProcessGroup
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 
-def join_pretended_world(rank: int, world_size: int) -> torch.device:
-    """Make this process `rank` of `world_size`, until `leave_pretended_world`; it must not be in a world already.
+def init_fake_world(rank: int, world_size: int) -> torch.device:
+    """Make this process `rank` of `world_size`, until `destroy_fake_world`; it must not be in a world already.
 
     Returns the rank's device, torch's meta device, whose tensors have shapes alone. Collectives do nothing.
     """
-    dist.Backend.register_backend("pretended", _no_messages, extended_api=True, devices=["cpu", "meta"])
-    dist.init_process_group("pretended", store=dist.HashStore(), rank=rank, world_size=world_size)
+    dist.Backend.register_backend("fake_world", _no_messages, extended_api=True, devices=["cpu", "meta"])
+    dist.init_process_group("fake_world", store=dist.HashStore(), rank=rank, world_size=world_size)
     # what FSDP asks of torch.cuda, if that is where it is, before the first step
     torch.meta = types.SimpleNamespace(  # type: ignore[attr-defined]
         is_initialized=lambda: True, current_device=lambda: 0, device_count=lambda: world_size
@@ -26,7 +26,7 @@ def join_pretended_world(rank: int, world_size: int) -> torch.device:
     return torch.device("meta")
 
 
-def leave_pretended_world() -> None:
+def destroy_fake_world() -> None:
     del torch.meta  # type: ignore[attr-defined]
     dist.destroy_process_group()
     _clear_sharding_prop_cache()  # a mesh equals that of another rank, and DTensor would give it to the next one

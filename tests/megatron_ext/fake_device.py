@@ -12,12 +12,12 @@ from torch.distributed.pipelining import schedules
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_ext.pretended import join_pretended_world
+from megatron_ext.fake_world import init_fake_world
 
 
 @contextlib.contextmanager
 def prepare_steps(world_size: int) -> Iterator[None]:
-    """In a pretended world: let steps be taken. Streams do nothing; FSDP takes the device for a real one; neighbours in
+    """In a fake world: let steps be taken. Streams do nothing; FSDP takes the device for a real one; neighbours in
     a pipeline are not greeted, of whom torch would read an answer before the first batch."""
 
     def agree(schedule: Any, stages: Any, *_: Any) -> None:
@@ -57,14 +57,14 @@ class Crossings(TorchDispatchMode):
         return result
 
 
-def pretend_device(world_size: int) -> tuple[torch.device, list[int]]:
-    """Make this process rank 0 of a pretended world, for good, in which steps can be taken.
+def init_fake_device(world_size: int) -> tuple[torch.device, list[int]]:
+    """Make this process rank 0 of a fake world, for good, in which steps can be taken.
 
     Torch refuses to mix tensors of its device with the host's in one operation, and to look at one. Streams do
     nothing. Only copies to the host are made to work, as zeros; the second result is the list of their sizes.
     """
     dist.destroy_process_group()
-    device = join_pretended_world(0, world_size)
+    device = init_fake_world(0, world_size)
     torch.meta = _device_module(world_size)  # type: ignore[attr-defined]
     copied: list[int] = []
     to = torch.Tensor.to
