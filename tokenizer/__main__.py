@@ -25,7 +25,7 @@ from tokenizer.merge import report as merge_report
 from tokenizer.merge.chinese_llama import MODES, PAD, merge_chinese_llama
 from tokenizer.merge.clean import STEPS, merge_clean
 from tokenizer.output import check_outputs, keep_streams_open, output_is_incomplete, refuse_existing, write_files
-from tokenizer.text.documents import Tally, read_lines, reading
+from tokenizer.text.documents import Tally, progress_bar, read_lines
 from tokenizer.train import train
 
 _ODD_NAMES = "backslashreplace"  # of files, that are not UTF-8
@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the command line."""
     flags = _Parser(prog="python -m tokenizer", description="Vocabulary work.", allow_abbrev=False)
     commands = flags.add_subparsers(dest="command", required=True)
 
@@ -147,7 +147,7 @@ def run_merge(args: argparse.Namespace) -> int:
     def corpus() -> Iterator[str]:
         nonlocal tally
         tally = Tally()  # it is read several times
-        with reading("--corpus", args.corpus, args.quiet) as bar:
+        with progress_bar("--corpus", args.corpus, args.quiet) as bar:
             yield from read_lines(args.corpus, args.json_key or "text", bar.update, "--corpus", tally)
 
     given = corpus if args.corpus else None

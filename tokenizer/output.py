@@ -55,7 +55,7 @@ def keep_streams_open(*, tell_closed: bool = False) -> None:
 
 
 def output_is_incomplete() -> bool:
-    """Whether something printed got lost though somebody may wait for it: not where the reader has seen enough."""
+    """Tell whether something printed got lost though somebody may wait for it: not where the reader has seen enough."""
     if sys.stdout is not None:
         sys.stdout.flush()
     raw = _raw(sys.stdout)
@@ -92,7 +92,7 @@ class _KeptOpen(io.FileIO):
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their cells; what looks like a number is on the right."""
+    """Align columns, as wide as their cells; what looks like a number is on the right."""
     lines = [head, *rows]
     widths = [max(_width(line[column]) for line in lines) for column in range(len(head))]
     right = [all(_is_number(row[column]) for row in rows) for column in range(len(head))]
@@ -103,7 +103,7 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of GitHub's Markdown."""
+    """Make a table of GitHub's Markdown."""
     right = [all(_is_number(row[column]) for row in rows) for column in range(len(head))]
     rule = ["---:" if to else "---" for to in right]
     lines = [head, rule, *([markdown_text(cell) for cell in row] for row in rows)]
@@ -111,7 +111,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Escape text that Markdown is to show as it is."""
     return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>#|~" else letter for letter in text)
 
 

@@ -9,7 +9,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from tokenizer.errors import TokenizerError
-from tokenizer.text.documents import Tally, read_lines, reading
+from tokenizer.text.documents import Tally, progress_bar, read_lines
 
 # The trainer keeps positions within a sentence in 16 bits and leaves out, silently, what is longer than
 # max_sentence_length: long lines are cut instead.
@@ -51,7 +51,7 @@ def train(
         raise TokenizerError(f"--character-coverage {character_coverage}: give 0.98 to 1")
     model = io.BytesIO()
     failure: list[TokenizerError] = []
-    with reading("--input", inputs, quiet) as bar:
+    with progress_bar("--input", inputs, quiet) as bar:
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_sentences(inputs, json_key, bar, failure, tally or Tally()),

@@ -40,7 +40,7 @@ from megatron_ext.option import flag_of
 from tools.command import Parser, run_to_write
 from tools.conversion.changes.cast import CastWeights
 from tools.conversion.changes.resize import Resized, resize, write_report
-from tools.conversion.changes.tokenizer import given, recognised
+from tools.conversion.changes.tokenizer import detect_tokenizer, read_given
 from tools.conversion.families import FAMILIES
 from tools.conversion.finite import FiniteWeights
 from tools.conversion.formats import tokenizer_files
@@ -122,7 +122,7 @@ def _convert(options: argparse.Namespace, output: Path) -> None:
     _check_changes(options, original)
     beside = options.tokenizer is None and options.source == options.target == "hf"  # comes along as it is
     if not beside:
-        original = recognised(original, asked=options.tokenizer is not None)
+        original = detect_tokenizer(original, asked=options.tokenizer is not None)
     dtype = None if options.dtype is None else _DTYPES[options.dtype]
     source = original
     if dtype is not None:
@@ -132,7 +132,7 @@ def _convert(options: argparse.Namespace, output: Path) -> None:
         source = resized.source
     if options.tokenizer is not None:
         path, base = Path(options.tokenizer), options.base_tokenizer and Path(options.base_tokenizer)
-        record = given(path, source, options.change_tokenizer, base, f"--input {options.input}")
+        record = read_given(path, source, options.change_tokenizer, base, f"--input {options.input}")
         source = dataclasses.replace(source, tokenizer=path, record=record)
     check_room(output, source.weights)
     with appearing(output) as folder:
@@ -150,10 +150,10 @@ def _convert(options: argparse.Namespace, output: Path) -> None:
 def _write_tokenizer(source: Source, folder: Path, beside: bool) -> None:
     """Put the tokenizer's files beside the weights, and say what transformers makes of them."""
     if source.tokenizer is None:
-        known = "is not known, so config.json names no ids of its special tokens"
+        status = "is not known, so config.json names no ids of its special tokens"
         if source.record is not None:
-            known = f"is {source.record}; config.json has the ids of its special tokens"
-        print(f"no tokenizer files are written: the model's tokenizer {known}; give it with --tokenizer")
+            status = f"is {source.record}; config.json has the ids of its special tokens"
+        print(f"no tokenizer files are written: the model's tokenizer {status}; give it with --tokenizer")
     elif beside or source.record is None:
         tokenizer_files.copy(source.tokenizer, folder)
     else:

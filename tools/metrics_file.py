@@ -9,8 +9,8 @@ from megatron_ext.errors import RequestError
 
 
 def read_metrics(path: str, flag: str) -> list[dict[str, Any]]:
-    """Its records, one of an iteration, at least one; figures that were no numbers are None, and half a record at the
-    end, of a run that goes on or was killed, is passed over. Raises RequestError where `flag` names no such file."""
+    """Read its records, at least one, each of an iteration; figures that were no numbers are None, and half a record at
+    the end, of a run that goes on or was killed, is left out. Raises RequestError where `flag` names no such file."""
     try:
         *lines, last = Path(path).read_bytes().split(b"\n")
         records = [json.loads(line) for line in lines if line.strip()]

@@ -40,7 +40,7 @@ def check_room(output: Path, weights: Weights) -> None:
 
 @contextlib.contextmanager
 def writing(output: str | Path) -> Iterator[None]:
-    """Within, what goes wrong with files went wrong with the result. (Sources raise RequestErrors of their own.)"""
+    """Blame the result for what goes wrong with files within. (Sources raise RequestErrors of their own.)"""
     try:
         yield
     except (OSError, CheckpointException) as error:
@@ -50,7 +50,7 @@ def writing(output: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def appearing(output: Path) -> Iterator[Path]:
-    """Gives an empty folder to fill, which takes the name `output` when the block has ended well, or else goes.
+    """Give an empty folder to fill, which takes the name `output` when the block has ended well, or else goes.
 
     Raises RequestError if another process is filling it. What a killed one has left is cleared: its lock died with it.
     """
@@ -79,17 +79,17 @@ def _partial(output: Path) -> Path:
 
 
 def _lock(descriptor: int, partial: Path, output: Path) -> None:
-    taken = RequestError(f"--output {output}: another conversion is writing it")
+    occupied = RequestError(f"--output {output}: another conversion is writing it")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise taken from None
+        raise occupied from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
     # another process may have published or removed the folder between our opening and our locking it
     if not (partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat())):
-        raise taken
+        raise occupied
 
 
 def _clear(folder: Path) -> None:

@@ -46,9 +46,9 @@ class _PlanParser(Parser):
 
 def build_parser() -> Parser:
     parser = _PlanParser("plan", __doc__)
-    known = ", ".join(gpu_names())
+    names = ", ".join(gpu_names())
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="how many there are")
-    parser.add_argument("--gpu", metavar="NAME", help=f"their kind: {known}")
+    parser.add_argument("--gpu", metavar="NAME", help=f"their kind: {names}")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="dense bf16 peak, if not the kind's")
     parser.add_argument("--memory-gb", type=float, metavar="X", help="memory of a GPU in GiB")
     parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="of a GPU's memory")

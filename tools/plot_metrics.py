@@ -13,7 +13,7 @@ _PANELS = (("lm_loss", "lm loss"), ("grad_norm", "gradient norm"), ("learning_ra
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], output: str, marks: list[int]) -> None:
-    """Loss (with validation loss), gradient norm and learning rate over iterations, one colour a run."""
+    """Draw loss (with validation loss), gradient norm and learning rate over iterations, one colour a run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

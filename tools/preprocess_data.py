@@ -28,7 +28,7 @@ from tools.preprocessing.writer import SUFFIXES, DatasetWriter
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Build the command line."""
     flags = Parser("preprocess_data", __doc__)
     flags.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON lines or text; - reads stdin")
     flags.add_argument(

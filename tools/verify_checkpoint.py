@@ -109,8 +109,8 @@ def work(options: argparse.Namespace) -> int:
     elif (folder / CONFIG).is_file():
         reports = [_verify_hugging_face(folder, values=checksums, digests=options.json and checksums)]
     else:
-        known = f"a checkpoint ({MANIFEST}), a folder of checkpoints ({LATEST}) or a Hugging Face model ({CONFIG})"
-        raise RequestError(f"DIR {folder}: not {known}")
+        expected = f"a checkpoint ({MANIFEST}), a folder of checkpoints ({LATEST}) or a Hugging Face model ({CONFIG})"
+        raise RequestError(f"DIR {folder}: not {expected}")
     code = 0
     for report in reports:
         report.print(options.json)
@@ -251,7 +251,7 @@ def _describe_model(report: Report, model: ModelConfig, lora: LoraConfig | None)
 
 
 def preset_of(model: ModelConfig) -> str | None:
-    """The name of the published shape that a model has."""
+    """Find the name of the published shape that a model has."""
     free = {name: getattr(model, name) for name in _FREE_FIELDS}
     shapes = {name: dataclasses.replace(preset(name), **free).resolved() for name in preset_names()}
     return next((name for name, shape in shapes.items() if shape == model.resolved()), None)

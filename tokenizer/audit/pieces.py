@@ -18,7 +18,7 @@ _PROBES = [chr(code) for code in (*range(0x800), *range(0x800, 0x110000, 0x3F1))
 
 
 def check_duplicates(entries: Iterable[tuple[str, int]]) -> Finding:
-    """Whether a piece has several ids, or an id several pieces.
+    """Check whether a piece has several ids, or an id several pieces.
 
     Args:
         entries: piece and id, as often as the file has them.
@@ -35,7 +35,7 @@ def check_duplicates(entries: Iterable[tuple[str, int]]) -> Finding:
 
 
 def check_coverage(tokenizer: Tokenizer) -> Finding:
-    """Whether any character can be encoded: some three thousand that together have every byte of UTF-8."""
+    """Check whether any character can be encoded: some three thousand that together have every byte of UTF-8."""
 
     def is_lost(letter: str) -> bool:
         ids = tokenizer.encode(letter)
@@ -49,13 +49,13 @@ def check_coverage(tokenizer: Tokenizer) -> Finding:
 
 
 def dead_pieces(proto: ModelProto) -> frozenset[int]:
-    """Ids of pieces that no text is encoded to; control pieces, which are meant so, among them."""
+    """Find the ids of pieces that no text is encoded to; control pieces, which are meant so, among them."""
     silent = {index for index, piece in enumerate(proto.pieces) if piece.type in (piece.CONTROL, piece.UNUSED)}
     return frozenset(silent.union(unreachable(proto)))
 
 
 def check_dead(proto: ModelProto, dead: frozenset[int], base: TokenizerFile | None) -> Finding:
-    """Normal and unused pieces that no text is encoded to; those that the base lacks count as new.
+    """Find normal and unused pieces that no text is encoded to; those that the base lacks count as new.
 
     Args:
         proto: the model.
@@ -65,8 +65,8 @@ def check_dead(proto: ModelProto, dead: frozenset[int], base: TokenizerFile | No
     normal = [index for index, piece in enumerate(proto.pieces) if piece.type in (piece.NORMAL, piece.UNUSED)]
     ids = [index for index in normal if index in dead]
     summary = f"{share(len(ids), len(normal))} normal pieces are produced by no text"
-    known = set(base.pieces.values()) if base else set()
-    new = [index for index in ids if proto.pieces[index].piece not in known]
+    base_pieces = set(base.pieces.values()) if base else set()
+    new = [index for index in ids if proto.pieces[index].piece not in base_pieces]
     if ids and base:
         summary += f"; {len(new):,} of them are new, {len(ids) - len(new):,} the base has too"
     examples = [f"{index} {proto.pieces[index].piece!r}" for index in new or ids]
@@ -76,7 +76,7 @@ def check_dead(proto: ModelProto, dead: frozenset[int], base: TokenizerFile | No
 def check_lost(
     tokenizer: TokenizerFile, base: TokenizerFile, dead: frozenset[int] | None, base_dead: frozenset[int] | None
 ) -> Finding:
-    """Pieces of the base that are absent, have another id, or can no longer be produced though the base does.
+    """Find pieces of the base that are absent, have another id, or are no longer produced though the base does.
 
     Args:
         tokenizer: what extends the base.
@@ -113,7 +113,7 @@ _MODEL = ("config.json", "generation_config.json")
 
 
 def check_special_tokens(flag: str, tokenizer: Tokenizer) -> Finding:
-    """Whether the tokenizer and the files beside it mean the same ids, and text cannot produce one.
+    """Check that the tokenizer and the files beside it mean the same ids, and text cannot produce one.
 
     Raises:
         TokenizerError: one of the files is not a JSON object.
@@ -123,9 +123,9 @@ def check_special_tokens(flag: str, tokenizer: Tokenizer) -> Finding:
     added = _added_tokens(flag, tokenizer.path, files)
     names = {file: special_names(files[file]) for file in _NAMING}
     named = [(file, role, name) for file in _NAMING for role in _ROLES if (name := names[file].get(f"{role}_token"))]
-    known = added | ids
-    roles = _roles(tokenizer, {role: known[name] for _, role, name in reversed(named) if name in known})
-    problems = [*_added_problems(added, ids, tokenizer.pieces), *_naming_problems(named, known, roles)]
+    all_ids = added | ids
+    roles = _roles(tokenizer, {role: all_ids[name] for _, role, name in reversed(named) if name in all_ids})
+    problems = [*_added_problems(added, ids, tokenizer.pieces), *_naming_problems(named, all_ids, roles)]
     size = max([tokenizer.vocab_size, *(index + 1 for index in added.values())])
     for file in _MODEL:
         problems += _model_problems(file, files[file], roles, size)

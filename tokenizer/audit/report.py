@@ -51,17 +51,17 @@ EXAMPLES = 10
 def judged(
     check: str, bad: bool, summary: str, examples: Sequence[str] = (), figures: Mapping[str, Any] | None = None
 ) -> Finding:
-    """A warning where something is `bad`, with the first of `examples`; else ok."""
+    """Make a warning where something is `bad`, with the first of `examples`; else ok."""
     return Finding(check, "warning" if bad else "ok", summary, examples[:EXAMPLES] if bad else (), figures or {})
 
 
 def skipped(check: str, reason: str) -> Finding:
-    """A check that does not apply."""
+    """Say why a check does not apply."""
     return Finding(check, "skipped", reason, (), {})
 
 
 def share(part: int, whole: int) -> str:
-    """`part` of `whole` in words, with the percentage."""
+    """Put `part` of `whole` in words, with the percentage."""
     return f"{part:,} of {whole:,} ({part / whole:.2%})" if whole else "0 of 0"
 
 
@@ -69,7 +69,7 @@ _MARKS = {"ok": "ok     ", "warning": "warning", "skipped": "-      "}
 
 
 def as_text(audit: Audit) -> str:
-    """The report for the terminal."""
+    """Format the report for the terminal."""
     width = max(len(finding.check) for finding in audit.findings)
     lines = [*(f"{name:{width + 9}}  {value}" for name, value in _facts(audit)), ""]
     for finding in audit.findings:
@@ -79,7 +79,7 @@ def as_text(audit: Audit) -> str:
 
 
 def as_markdown(audit: Audit) -> str:
-    """The report as a page: a table, then the examples."""
+    """Format the report as a page: a table, then the examples."""
     rows = [(finding.check, finding.status, finding.summary) for finding in audit.findings]
     parts = ["# Audit of a tokenizer", markdown_table(("", ""), _facts(audit)), _counts(audit)]
     parts.append(markdown_table(("check", "result", "finding"), rows))
@@ -90,7 +90,7 @@ def as_markdown(audit: Audit) -> str:
 
 
 def as_json(audit: Audit) -> dict[str, Any]:
-    """The report for programs."""
+    """Give the report for programs."""
     return {**audit.facts, "findings": [asdict(finding) for finding in audit.findings]}
 
 

@@ -23,7 +23,7 @@ from tokenizer.formats.interface import Tokenizer
 from tokenizer.formats.load import find, open_tokenizer, read_bytes
 from tokenizer.formats.sentencepiece_model import read_model
 from tokenizer.formats.tokenizer_json import entries, is_json, parse_json, why_not_a_model
-from tokenizer.text.documents import Tally, read_lines, reading
+from tokenizer.text.documents import Tally, progress_bar, read_lines
 
 _NO_BASE = "needs the tokenizer that this one extends: give --base"
 
@@ -134,7 +134,7 @@ def _on_text(
     checks += [changed_lines(tokenizer, base.tokenizer)] if base else []
     both = _slow_and_fast(tokenizer, quiet)
     lines = 0
-    with reading("--input", inputs, quiet or not inputs) as bar:
+    with progress_bar("--input", inputs, quiet or not inputs) as bar:
         for line in read_lines(inputs, key, bar.update, tally=tally):
             lines += 1
             ids = tokenizer.encode(line)

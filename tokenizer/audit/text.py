@@ -42,7 +42,7 @@ class LineCheck:
                 self._examples.append(example)
 
     def finding(self) -> Finding:
-        """The result for all lines seen."""
+        """Give the result for all lines seen."""
         summary = f"{share(self._count, self._seen)} {self._meaning}"
         figures = {"lines": self._seen, "objections": self._count}
         return judged(self.name, self._count > 0, summary, self._examples, figures)
@@ -72,25 +72,25 @@ class TokenRate:
             self._examples.append(f"{found} of {len(ids)} in {line[:40]!r}")
 
     def finding(self) -> Finding:
-        """The rate in all lines seen."""
+        """Give the rate in all lines seen."""
         summary = f"{share(self._found, self._tokens)} tokens {self._meaning}"
         figures = {"tokens": self._tokens, "found": self._found}
         return judged(self.name, self._found > self._most * self._tokens, summary, self._examples, figures)
 
 
 def byte_rate(tokenizer: Tokenizer) -> TokenRate:
-    """How many tokens are parts of characters."""
+    """Count how many tokens are parts of characters."""
     return TokenRate("byte fallback", tokenizer.byte_ids, _MANY_BYTES, "are parts of characters")
 
 
 def unknown_rate(tokenizer: Tokenizer) -> TokenRate:
-    """How many tokens stand for lost text."""
+    """Count how many tokens stand for lost text."""
     ids = frozenset() if tokenizer.unk_id is None else frozenset({tokenizer.unk_id})
     return TokenRate("unknown", ids, 0.0, "are <unk>: their text is lost")
 
 
 def round_trip(tokenizer: Tokenizer) -> LineCheck:
-    """Lines that encoding and decoding changes."""
+    """Count lines that encoding and decoding changes."""
 
     def objection(line: str, ids: list[int]) -> str | None:
         decoded = tokenizer.decode(ids)
@@ -104,7 +104,7 @@ def round_trip(tokenizer: Tokenizer) -> LineCheck:
 
 
 def changed_lines(tokenizer: Tokenizer, base: Tokenizer) -> LineCheck:
-    """Lines without CJK characters that are cut into other pieces than by the base."""
+    """Count lines without CJK characters that are cut into other pieces than by the base."""
 
     def objection(line: str, ids: list[int]) -> str | None:
         return _different_cut(_cut(base, base.encode(line)), _cut(tokenizer, ids))
@@ -118,7 +118,7 @@ def changed_lines(tokenizer: Tokenizer, base: Tokenizer) -> LineCheck:
 
 
 def disagreement(slow: Tokenizer, fast: Tokenizer) -> LineCheck:
-    """Texts of which the tokenizer.model and the tokenizer.json give different ids."""
+    """Count texts of which the tokenizer.model and the tokenizer.json give different ids."""
 
     def objection(line: str, ids: list[int]) -> str | None:
         others = fast.encode(line)

@@ -17,18 +17,18 @@ _HEAD = (
 
 
 def as_text(records: Sequence[dict[str, Any]]) -> str:
-    """The tables for the terminal."""
+    """Format the tables for the terminal."""
     return "\n\n".join(f"{part}\n{_table(records, part, text_table)}" for part in (LINES, RUNS))
 
 
 def as_markdown(records: Sequence[dict[str, Any]]) -> str:
-    """The tables as a page."""
+    """Format the tables as a page."""
     tables = [f"## {part.capitalize()}\n\n{_table(records, part, markdown_table)}" for part in (LINES, RUNS)]
     return "\n\n".join(["# Tokenizers compared", *tables]) + "\n"
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
-    """For each path as much of its end as tells it from the others; tokenizer.model with its directory."""
+    """Give each path as much of its end as tells it from the others; tokenizer.model with its directory."""
     depth = 1
     while len({_tail(path, depth) for path in paths}) < len(set(paths)):
         depth += 1
@@ -83,7 +83,7 @@ def require_matplotlib() -> None:
 
 
 def draw(records: Sequence[dict[str, Any]], suffix: str) -> bytes:
-    """Bars for every input and tokenizer.
+    """Draw bars for every input and tokenizer.
 
     Args:
         records: of `compare`.

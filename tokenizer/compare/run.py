@@ -8,7 +8,7 @@ from typing import Any
 from tokenizer.errors import TokenizerError
 from tokenizer.formats.interface import Tokenizer
 from tokenizer.text.characters import chinese_runs
-from tokenizer.text.documents import Tally, read_lines, reading
+from tokenizer.text.documents import Tally, progress_bar, read_lines
 
 LINES, RUNS = "whole lines", "runs of Chinese"
 TOTAL = "total"
@@ -54,7 +54,7 @@ def compare(
     _refuse_twice("--tokenizer", [tokenizer.path for tokenizer in tokenizers])
     _refuse_twice("--input", inputs)
     counts: list[dict[str, _Count]] = []
-    with reading("--input", inputs, quiet) as bar:
+    with progress_bar("--input", inputs, quiet) as bar:
         for path in inputs:
             counts.append({part: _empty(tokenizers) for part in (LINES, RUNS)})
             for line in read_lines([path], key, bar.update, tally=tally):

@@ -15,13 +15,13 @@ from sentencepiece.sentencepiece_model_pb2 import (
     TrainerSpec,  # type: ignore[attr-defined]
 )
 
-from tokenizer.formats.tokenizer_json import first_token
+from tokenizer.formats.tokenizer_json import bos_post_processor
 
 HUGGINGFACE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def huggingface_files(proto: ModelProto, pad_token: str | None = None, add_bos: bool = True) -> dict[str, bytes]:
-    """The files to lie beside `tokenizer.model`, among them `tokenizer.json` where there is an exact one.
+    """Make the files to lie beside `tokenizer.model`, among them `tokenizer.json` where there is an exact one.
 
     As sentencepiece, a `</s>` within a text is text (`split_special_tokens=False` makes it the token). One limit is
     transformers' own: SentencePieceBackend's decoding shows byte pieces as `<0x0A>`; sentencepiece decodes them.
@@ -68,7 +68,7 @@ _SPACE = "▁"
 
 
 def why_no_fast_tokenizer(proto: ModelProto) -> str | None:
-    """Why no `tokenizer.json` gives the ids of the model; None if one does.
+    """Say why no `tokenizer.json` gives the ids of the model; None if one does.
 
     The format ranks merges by pair, so one of two pairs always goes first; SentencePiece merges the pair whose joint
     piece scores highest, and among equal scores the leftmost. Where `AB` and `BC` have one score, no ranking does
@@ -85,15 +85,15 @@ def why_no_fast_tokenizer(proto: ModelProto) -> str | None:
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
     if any(letter not in normal for text in normal for letter in text):
         return "the model merges characters that have no piece"
-    alike: dict[float, str] = {}
+    first_of_score: dict[float, str] = {}
     for text, score in normal.items():
-        if len(text) > 1 and len(set(text + alike.setdefault(score, text))) > 1 and alike[score] != text:
-            return f"pieces have equal scores ({alike[score]!r} and {text!r}, for example)"
+        if len(text) > 1 and (first := first_of_score.setdefault(score, text)) != text and len(set(text + first)) > 1:
+            return f"pieces have equal scores ({first!r} and {text!r}, for example)"
     return None
 
 
 def fast_tokenizer(proto: ModelProto, special: dict[str, str], add_bos: bool = True) -> dict[str, Any]:
-    """The content of `tokenizer.json` for a model of which `why_no_fast_tokenizer` has nothing to say.
+    """Make the content of `tokenizer.json` for a model of which `why_no_fast_tokenizer` has nothing to say.
 
     Args:
         proto: the model.
@@ -118,9 +118,9 @@ def fast_tokenizer(proto: ModelProto, special: dict[str, str], add_bos: bool = T
         ],
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
-        "post_processor": first_token(special["bos_token"], ids[special["bos_token"]])
+        "post_processor": bos_post_processor(special["bos_token"], ids[special["bos_token"]])
         if add_bos and "bos_token" in special
-        else first_token(None, None),
+        else bos_post_processor(None, None),
         "decoder": {
             "type": "Sequence",
             "decoders": [

@@ -41,7 +41,7 @@ class TokenizerFile:
         return digest(*(f"{index} {self.pieces[index]}" for index in sorted(self.pieces)))
 
     def beside(self, name: str) -> Path | None:
-        """The file `name` of the same Hugging Face directory, None where there is none.
+        """Find the file `name` of the same Hugging Face directory, None where there is none.
 
         A tokenizer under another name than tokenizer.model or tokenizer.json is taken to stand alone.
         """
@@ -50,7 +50,7 @@ class TokenizerFile:
 
 
 def digest(*parts: str | bytes) -> str:
-    """SHA-256 of several parts, in hex; where one ends counts."""
+    """Compute the SHA-256 of several parts, in hex; where one ends counts."""
     total = hashlib.sha256()
     for part in parts:
         content = part.encode(errors="surrogatepass") if isinstance(part, str) else part

@@ -53,7 +53,7 @@ def open_tokenizer(flag: str, name: str | Path) -> Tokenizer:
 
 
 def find(flag: str, name: str | Path) -> Path:
-    """The file of a tokenizer: `name` itself, or within the directory `name`.
+    """Find the file of a tokenizer: `name` itself, or within the directory `name`.
 
     Raises:
         TokenizerError: the directory has none.
@@ -68,7 +68,7 @@ def find(flag: str, name: str | Path) -> Path:
 
 
 def read_bytes(flag: str, path: Path) -> bytes:
-    """The content of a file.
+    """Read the content of a file.
 
     Raises:
         TokenizerError: it cannot be read.
@@ -117,5 +117,5 @@ def _rules(content: bytes) -> str:
     settings = (trainer.model_type, trainer.byte_fallback, trainer.treat_whitespace_as_suffix)
     spaces = (normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces)
     scores = array.array("f", (piece.score for piece in proto.pieces)).tobytes()
-    kinds = bytes(piece.type for piece in proto.pieces)
-    return digest(repr((*map(int, settings), *map(int, spaces))), normalizer.precompiled_charsmap, scores, kinds)
+    types = bytes(piece.type for piece in proto.pieces)
+    return digest(repr((*map(int, settings), *map(int, spaces))), normalizer.precompiled_charsmap, scores, types)

@@ -54,7 +54,7 @@ class TokenizerRecord:
         return f"{self.name}, {self.kind}, {self.vocab_size} pieces, sha256 {self.sha256[:12]}..."
 
     def difference(self, other: "TokenizerRecord") -> str | None:
-        """How `other` is another tokenizer, in words of which it is the subject; None if it is the same one.
+        """Say how `other` is another tokenizer, in words of which it is the subject; None if it is the same one.
 
         The same is: every id is the same piece, text is cut by the same rules, and texts begin and end with the same
         ids. A SentencePiece model and a tokenizer.json say their rules in different words; between them the pieces
@@ -78,12 +78,12 @@ class TokenizerRecord:
         return None
 
     def plain(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """Give it as JSON takes it."""
         return dataclasses.asdict(self)
 
 
 def record_of(tokenizer: TokenizerFile) -> TokenizerRecord:
-    """The record of a tokenizer that has made nothing yet; one that is ready for use is asked for a sample."""
+    """Make the record of a tokenizer that has made nothing yet; one that is ready for use is asked for a sample."""
     sample = digest(*(repr(tokenizer.encode(text)) for text in TEXTS)) if isinstance(tokenizer, Tokenizer) else None
     return TokenizerRecord(
         tokenizer.path.name,
@@ -101,7 +101,7 @@ def record_of(tokenizer: TokenizerFile) -> TokenizerRecord:
 
 
 def read_record(plain: Any) -> TokenizerRecord:
-    """The record that `plain` gave.
+    """Read the record that `plain` gave.
 
     Fields that a later version has added are passed over.
 
@@ -110,11 +110,11 @@ def read_record(plain: Any) -> TokenizerRecord:
     """
     if not isinstance(plain, dict):
         raise ValueError("is no table")
-    kinds = {field.name: field.type for field in dataclasses.fields(TokenizerRecord)}
-    for name, kind in kinds.items():
-        if not isinstance(plain.get(name), kind):  # type: ignore[arg-type]
+    types = {field.name: field.type for field in dataclasses.fields(TokenizerRecord)}
+    for name, type_ in types.items():
+        if not isinstance(plain.get(name), type_):  # type: ignore[arg-type]
             raise ValueError(f"{name} {plain.get(name)!r}")
-    return TokenizerRecord(**{name: plain.get(name) for name in kinds})  # type: ignore[arg-type]
+    return TokenizerRecord(**{name: plain.get(name) for name in types})  # type: ignore[arg-type]
 
 
 def stored_record(plain: Any, where: str) -> TokenizerRecord | None:

@@ -34,7 +34,7 @@ def read_model(flag: str, path: Path) -> ModelProto:
 
 
 def unreachable(proto: ModelProto) -> list[int]:
-    """Ids of the normal pieces that no text is encoded to, in order.
+    """Find the ids of the normal pieces that no text is encoded to, in order.
 
     A piece counts as reachable when its own text is encoded to it alone. For BPE nothing else can make it appear:
     where a text's encoding has the piece at some place, no merge crossed the borders of that place (the crossing
@@ -48,12 +48,12 @@ def unreachable(proto: ModelProto) -> list[int]:
     """
     ids = [index for index, piece in enumerate(proto.pieces) if piece.type == piece.NORMAL]
     pieces = [proto.pieces[index].piece for index in ids]
-    encoded = encoder_alone(proto)(pieces)
+    encoded = piece_encoder(proto)(pieces)
     return [index for index, piece, parts in zip(ids, pieces, encoded, strict=True) if parts != [piece]]
 
 
-def encoder_alone(proto: ModelProto) -> Callable[[Sequence[str]], list[list[str]]]:
-    """A function that gives the pieces to which each of several texts, or pieces' own texts, is encoded.
+def piece_encoder(proto: ModelProto) -> Callable[[Sequence[str]], list[list[str]]]:
+    """Make a function that gives the pieces to which each of several texts, or pieces' own texts, is encoded.
 
     There is no dummy prefix and no trimming of spaces: whether a piece begins with `▁` because of a space or because
     a text begins there makes no difference to the merges.
@@ -67,8 +67,8 @@ def encoder_alone(proto: ModelProto) -> Callable[[Sequence[str]], list[list[str]
     return encode
 
 
-def left_by_normalization(proto: ModelProto) -> Callable[[str], bool]:
-    """A function that says whether the model's normalization leaves a piece's text as it is."""
+def normalization_check(proto: ModelProto) -> Callable[[str], bool]:
+    """Make a function that says whether the model's normalization leaves a piece's text as it is."""
     model, space = _bare(proto)
     return lambda text: model.normalize(text.replace("▁", space)) == text
 

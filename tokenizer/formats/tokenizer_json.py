@@ -14,12 +14,12 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def is_json(path: Path, content: bytes) -> bool:
-    """Whether this is meant as a tokenizer.json."""
+    """Tell whether this is meant as a tokenizer.json."""
     return path.suffix == ".json" or content.startswith(b"{")
 
 
 def why_not_a_model(content: bytes) -> str:
-    """Why a tokenizer.json cannot be used where the pieces of a SentencePiece model are needed, and what would do."""
+    """Say why a tokenizer.json cannot stand for the pieces of a SentencePiece model, and what would do."""
     try:
         kind = _kind(json.loads(content))
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -90,7 +90,7 @@ def open_json(flag: str, path: Path, content: bytes, sha256: str) -> Tokenizer:
 
 
 def parse_json(flag: str, path: Path, content: bytes) -> dict[str, Any]:
-    """The content of a tokenizer.json, of which `entries` can be taken.
+    """Parse the content of a tokenizer.json, of which `entries` can be taken.
 
     Raises:
         TokenizerError: it is something else.
@@ -106,26 +106,26 @@ def parse_json(flag: str, path: Path, content: bytes) -> dict[str, Any]:
 
 
 def entries(parsed: dict[str, Any]) -> list[tuple[str, int]]:
-    """Piece and id of the vocabulary of a parsed tokenizer.json, then those that only its added tokens have."""
+    """List piece and id of the vocabulary of a parsed tokenizer.json, then those that only its added tokens have."""
     vocabulary = parsed["model"]["vocab"]
     if isinstance(vocabulary, list):  # Unigram: [piece, score], in the order of the ids
         listed = [(piece, index) for index, (piece, _) in enumerate(vocabulary)]
     else:
         listed = list(vocabulary.items())
-    known = set(listed)
+    in_vocabulary = set(listed)
     added = [(token["content"], token["id"]) for token in parsed.get("added_tokens") or ()]
-    return listed + [entry for entry in added if entry not in known]
+    return listed + [entry for entry in added if entry not in in_vocabulary]
 
 
 def special_names(settings: dict[str, Any]) -> dict[str, str]:
-    """The special tokens that a tokenizer_config.json or special_tokens_map.json names, such as `eos_token`."""
+    """Find the special tokens that a tokenizer_config.json or special_tokens_map.json names, such as `eos_token`."""
     given = {name: settings.get(name) for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
     names = {name: token.get("content") if isinstance(token, dict) else token for name, token in given.items()}
     return {name: token for name, token in names.items() if isinstance(token, str)}
 
 
 def read_object(flag: str, path: Path) -> dict[str, Any]:
-    """A JSON object from a file beside a tokenizer.
+    """Read a JSON object from a file beside a tokenizer.
 
     Raises:
         TokenizerError: it is something else.
@@ -139,8 +139,8 @@ def read_object(flag: str, path: Path) -> dict[str, Any]:
     return value
 
 
-def first_token(piece: str | None, index: int | None) -> dict[str, Any]:
-    """A post-processor that puts a token before every text, or nothing."""
+def bos_post_processor(piece: str | None, index: int | None) -> dict[str, Any]:
+    """Make a post-processor that puts a token before every text, or nothing."""
     first, second = ([{"SpecialToken": {"id": piece, "type_id": kind}}] if piece is not None else [] for kind in (0, 1))
     single = [*first, {"Sequence": {"id": "A", "type_id": 0}}]
     return {
@@ -151,8 +151,8 @@ def first_token(piece: str | None, index: int | None) -> dict[str, Any]:
     }
 
 
-def with_first_token(parsed: dict[str, Any], piece: str, index: int, wanted: bool) -> dict[str, Any]:
-    """A tokenizer.json whose texts begin with a token, or do not; what else is done to ids stays."""
+def with_bos(parsed: dict[str, Any], piece: str, index: int, wanted: bool) -> dict[str, Any]:
+    """Give a tokenizer.json whose texts begin with a token, or do not; what else is done to ids stays."""
     own = parsed.get("post_processor")
     steps = [] if own is None else own["processors"] if own["type"] == "Sequence" else [own]
     adding = [step for step in steps if "special_tokens" in step or "cls" in step]
@@ -160,7 +160,7 @@ def with_first_token(parsed: dict[str, Any], piece: str, index: int, wanted: boo
         return parsed
     kept = [step for step in steps if step not in adding]
     if wanted:
-        kept.append(first_token(piece, index))
+        kept.append(bos_post_processor(piece, index))
     made = {"type": "Sequence", "processors": kept} if len(kept) > 1 else kept[0] if kept else None
     return parsed | {"post_processor": made}
 

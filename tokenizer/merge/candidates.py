@@ -37,14 +37,14 @@ class Candidates:
     dropped: dict[str, list[str]]
 
 
-def candidates(known: Collection[str], extra: ModelProto) -> Candidates:
-    """The pieces of `extra` that have a CJK character and nothing that is not Chinese text.
+def candidates(base_pieces: Collection[str], extra: ModelProto) -> Candidates:
+    """Find the pieces of `extra` that have a CJK character and nothing that is not Chinese text.
 
     A model whose normalization folds full-width punctuation to ASCII (NFKC) has `),` where texts have `），`: in
     pieces of punctuation that is undone.
 
     Args:
-        known: pieces of the base.
+        base_pieces: pieces of the base.
         extra: a model of any type.
     """
     shares = _frequencies(extra)
@@ -54,26 +54,26 @@ def candidates(known: Collection[str], extra: ModelProto) -> Candidates:
     for piece, share in shares.items():
         text = piece.translate(unfold) if _is_punctuation(piece.lstrip(_SPACE)) else piece
         reason = why_not(text)
-        if reason is None and text not in known and text not in found.frequency:
+        if reason is None and text not in base_pieces and text not in found.frequency:
             found.pieces.append(text)
         if reason is None or _is_punctuation(text):
             found.frequency[text] = found.frequency.get(text, 0.0) + share
-        if reason and piece not in known:
+        if reason and piece not in base_pieces:
             found.dropped[reason].append(piece)
         if text.startswith(_SPACE):
             found.opening[text[1:]] = share / openings
     return found
 
 
-def compounds(known: Collection[str], found: Candidates, least: float) -> dict[str, float]:
-    """A word and a mark, or a space and a word, in one piece, with the share of tokens that each is expected to be.
+def compounds(base_pieces: Collection[str], found: Candidates, least: float) -> dict[str, float]:
+    """Join words and marks, or a space and words, in one piece; with the share of tokens that each is expected to be.
 
     SentencePiece's trainer cuts between scripts, so an extra model has no word with a mark, however frequent it is.
     The two are taken to follow each other by chance, but for what follows a space or the end of a clause: there, half
     of a word's probability is that of opening a text (the extra model's `▁` pieces).
 
     Args:
-        known: pieces of the base.
+        base_pieces: pieces of the base.
         found: what the extra model offers.
         least: smaller expected shares are left out.
     """
@@ -90,12 +90,12 @@ def compounds(known: Collection[str], found: Candidates, least: float) -> dict[s
     return {
         text: value
         for text, value in expected.items()
-        if value >= least and text not in known and text not in found.frequency
+        if value >= least and text not in base_pieces and text not in found.frequency
     }
 
 
 def why_not(text: str) -> str | None:
-    """Why a clean merge may not add this piece; None if it may."""
+    """Say why a clean merge may not add this piece; None if it may."""
     body = text.removeprefix(_SPACE)
     if len(body) > 1 and any(letter.isdecimal() for letter in body):
         return DIGITS
@@ -105,12 +105,12 @@ def why_not(text: str) -> str | None:
 
 
 def standard_characters() -> frozenset[str]:
-    """The common characters: GB 2312 level 1 (3,755, simplified) and Big5 level 1 (5,401, traditional)."""
+    """List the common characters: GB 2312 level 1 (3,755, simplified) and Big5 level 1 (5,401, traditional)."""
     return frozenset(_coded("gb2312", 0xB0, 0xD7)) | frozenset(_coded("big5", 0xA4, 0xC6))
 
 
 def traditional_characters() -> frozenset[str]:
-    """Common characters that only traditional text has: in Big5 level 1, nowhere in GB 2312."""
+    """List common characters that only traditional text has: in Big5 level 1, nowhere in GB 2312."""
     return frozenset(_coded("big5", 0xA4, 0xC6)) - frozenset(_coded("gb2312", 0xB0, 0xF7))
 
 

@@ -39,20 +39,20 @@ class Merged:
 
 
 def new_pieces(base: ModelProto, extra: ModelProto) -> list[str]:
-    """The pieces of `extra` whose string `base` lacks, in `extra`'s order.
+    """List the pieces of `extra` whose string `base` lacks, in `extra`'s order.
 
     Raises:
         TokenizerError: there is none.
     """
-    known = {piece.piece for piece in base.pieces}
-    new = [piece.piece for piece in extra.pieces if piece.piece not in known]
+    base_pieces = {piece.piece for piece in base.pieces}
+    new = [piece.piece for piece in extra.pieces if piece.piece not in base_pieces]
     if not new:
         raise TokenizerError(f"--extra adds nothing: the base has all of its {len(extra.pieces):,} pieces")
     return new
 
 
 def merge_chinese_llama(base: ModelProto, extra: ModelProto, *, pad: bool = False) -> Merged:
-    """The rule published with Chinese-LLaMA: every piece of `extra` whose string `base` lacks, in `extra`'s order.
+    """Add every piece of `extra` whose string `base` lacks, in `extra`'s order: the rule published with Chinese-LLaMA.
 
     New pieces have score 0 and type normal, whatever they were in `extra`. As all of the base's learned scores are
     negative, new pieces are merged before old ones, and among themselves from left to right.

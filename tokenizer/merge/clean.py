@@ -6,11 +6,11 @@ from unicodedata import category
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
 
 from tokenizer.errors import TokenizerError
-from tokenizer.formats.sentencepiece_model import left_by_normalization
+from tokenizer.formats.sentencepiece_model import normalization_check
 from tokenizer.merge.candidates import Candidates, candidates, compounds, standard_characters, traditional_characters
 from tokenizer.merge.chinese_llama import EXTRA_PIECES, PAD, PADDING, Merged, new_pieces, refuse_second_pad
 from tokenizer.merge.corpus import Expected, tune, worth
-from tokenizer.merge.selection import extend, fit
+from tokenizer.merge.selection import extend, select
 
 STEPS = 3
 # Of the new pieces, those for a word and a mark or for two words. Without a corpus their shares are guesses.
@@ -55,25 +55,25 @@ def merge_clean(
     if pad:
         refuse_second_pad(base, ())
     room = _room(base, extra, target_size, pad)
-    known = {piece.piece for piece in base.pieces}
-    found = candidates(known, extra)
+    base_pieces = {piece.piece for piece in base.pieces}
+    found = candidates(base_pieces, extra)
     if not found.pieces:
         raise TokenizerError("--extra has no Chinese piece that the base lacks: there is nothing to add")
-    expected = _expected(found, known, extra.trainer_spec.character_coverage, left_by_normalization(base))
+    expected = _expected(found, base_pieces, extra.trainer_spec.character_coverage, normalization_check(base))
     # Saved tokens do not make up for a common character or mark that the model can only spell in bytes.
     marks = {text for text in found.pieces if len(text) == 1 and category(text).startswith("P")}
     characters = marks | standard_characters().intersection(found.pieces)
-    single = fit(base, _first(characters, expected), expected.frequency, room - int(room * _JOINT_GUESSED))
+    single = select(base, _first(characters, expected), expected.frequency, room - int(room * _JOINT_GUESSED))
     advance(1)
 
     if corpus:
         places = int(room * _JOINT_COUNTED)
         characters |= {text for text in single.order if len(text) == 1}
         expected = tune(base, expected, places, corpus)
-        single = fit(base, _first(characters, expected), expected.frequency, room - places)
+        single = select(base, _first(characters, expected), expected.frequency, room - places)
     advance(1)
 
-    chosen = fit(base, expected.joint | dict.fromkeys(single.order, 1.0), expected.frequency | expected.joint, room)
+    chosen = select(base, expected.joint | dict.fromkeys(single.order, 1.0), expected.frequency | expected.joint, room)
     if target_size and len(chosen.order) < room:
         most = target_size - room + len(chosen.order)
         raise TokenizerError(f"--target-size {target_size}: these models yield {most} pieces at most")
@@ -104,8 +104,8 @@ def _room(base: ModelProto, extra: ModelProto, target_size: int | None, pad: boo
     return target_size - least + 1
 
 
-def _expected(found: Candidates, known: set[str], coverage: float, is_stable: Callable[[str], bool]) -> Expected:
-    common = sorted(standard_characters() - known - found.frequency.keys())
+def _expected(found: Candidates, base_pieces: set[str], coverage: float, is_stable: Callable[[str], bool]) -> Expected:
+    common = sorted(standard_characters() - base_pieces - found.frequency.keys())
     # What the extra model's trainer left uncovered is shared out among the characters that it lacks.
     frequency = found.frequency | dict.fromkeys(common, (1 - coverage) / max(1, len(common)))
     traditional = traditional_characters()
@@ -114,7 +114,7 @@ def _expected(found: Candidates, known: set[str], coverage: float, is_stable: Ca
         for text in [*found.pieces, *common]
         if is_stable(text)
     }
-    joint = compounds(known, found, _LEAST_EXPECTED)
+    joint = compounds(base_pieces, found, _LEAST_EXPECTED)
     return Expected(values, {text: value for text, value in joint.items() if is_stable(text)}, frequency)
 
 
@@ -124,12 +124,12 @@ def _grouped(order: list[str], found: Candidates, expected: Expected) -> dict[st
              "a word and a mark, or two words", between)  # fmt: skip
     groups: dict[str, list[str]] = {name: [] for name in names}
     for text in order:
-        kinds = (text in given, text in common, text in expected.values, text in expected.joint, True)
-        groups[names[kinds.index(True)]].append(text)
+        matches = (text in given, text in common, text in expected.values, text in expected.joint, True)
+        groups[names[matches.index(True)]].append(text)
     return groups
 
 
-def _left_out(found: Candidates, expected: Expected, given_up: set[str], taken: set[str]) -> dict[str, list[str]]:
+def _left_out(found: Candidates, expected: Expected, given_up: set[str], chosen: set[str]) -> dict[str, list[str]]:
     reasons = (
         "changed by the base's normalization",
         "cannot be reached by merges",
@@ -137,7 +137,7 @@ def _left_out(found: Candidates, expected: Expected, given_up: set[str], taken: 
     )
     left_out: dict[str, list[str]] = {reason: [] for reason in reasons}
     for text in found.pieces:
-        if text not in taken:
-            kinds = (text not in expected.values, text in given_up, True)
-            left_out[reasons[kinds.index(True)]].append(text)
+        if text not in chosen:
+            matches = (text not in expected.values, text in given_up, True)
+            left_out[reasons[matches.index(True)]].append(text)
     return left_out

@@ -8,9 +8,9 @@ from itertools import islice, pairwise
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from tokenizer.errors import TokenizerError
-from tokenizer.formats.sentencepiece_model import encoder_alone
+from tokenizer.formats.sentencepiece_model import piece_encoder
 from tokenizer.merge.candidates import why_not
-from tokenizer.merge.selection import close, extend
+from tokenizer.merge.selection import complete, extend
 from tokenizer.text.characters import chinese_runs
 
 _BATCH = 1000
@@ -19,7 +19,7 @@ _MOST_PAIRS = 2_000_000
 
 
 @dataclass
-class Evidence:
+class CorpusCounts:
     """Counts over the Chinese runs of a corpus.
 
     Attributes:
@@ -35,14 +35,14 @@ class Evidence:
     letters: Counter[str] = field(default_factory=Counter)
 
 
-def gather(proto: ModelProto, lines: Iterable[str]) -> Evidence:
+def count_corpus(proto: ModelProto, lines: Iterable[str]) -> CorpusCounts:
     """Count over the Chinese runs of `lines`, in bounded memory.
 
     Args:
         proto: the model that cuts them.
         lines: of text; read once.
     """
-    found, encode, least = Evidence(), encoder_alone(proto), 1
+    found, encode, least = CorpusCounts(), piece_encoder(proto), 1
     for runs in batches_of_runs(lines):
         for run, parts in zip(runs, encode(runs), strict=True):
             found.tokens += len(parts)
@@ -56,7 +56,7 @@ def gather(proto: ModelProto, lines: Iterable[str]) -> Evidence:
 
 
 def batches_of_runs(lines: Iterable[str]) -> Iterator[list[str]]:
-    """The Chinese runs of `lines`, many at a time."""
+    """Find the Chinese runs of `lines`, many at a time."""
     runs = (run for line in lines for run in chinese_runs(line))
     while batch := list(islice(runs, _BATCH)):
         yield batch
@@ -101,29 +101,29 @@ def tune(base: ModelProto, expected: Expected, room: int, corpus: Callable[[], I
     Raises:
         TokenizerError: there is no Chinese text in the corpus.
     """
-    known = {piece.piece for piece in base.pieces}.union(expected.values)
-    singles = close(base, expected.values, expected.frequency).order
+    existing = {piece.piece for piece in base.pieces}.union(expected.values)
+    singles = complete(base, expected.values, expected.frequency).order
     values, joint = dict(expected.values), dict(expected.joint)
     for turn in range(_ROUNDS):
         best = sorted(joint, key=lambda text: (-joint[text], text))[: room * turn // _ROUNDS]
-        cut = close(base, singles + best, expected.frequency | joint)
-        found = gather(extend(base, cut.order), corpus())
+        cut = complete(base, singles + best, expected.frequency | joint)
+        found = count_corpus(extend(base, cut.order), corpus())
         if not found.tokens:
             raise TokenizerError("--corpus holds no Chinese text")
         weight = _WEIGHT / (found.tokens + _FEW_TOKENS)
         if turn == 0:
             heard = {text: times for text, times in found.pieces.items() if text in values}
-            new = {letter: times for letter, times in found.letters.items() if _may_add(letter, known)}
+            new = {letter: times for letter, times in found.letters.items() if _may_add(letter, existing)}
             for text, times in (heard | new).items():
                 values[text] = values.get(text, 0.0) + worth(text, weight * times)
         for text, times in found.pairs.items():
-            if _may_add(text, known):
+            if _may_add(text, existing):
                 joint[text] = expected.joint.get(text, 0.0) + weight * times
     return Expected(values, joint, expected.frequency)
 
 
 def worth(text: str, share: float) -> float:
-    """The tokens that a piece saves in a token of text.
+    """Count the tokens that a piece saves in a token of text.
 
     A character that has no piece takes its bytes. A word takes as many tokens more than one as it needs pieces to
     pass through, its own included, so each of their places saves its share once.
@@ -131,5 +131,5 @@ def worth(text: str, share: float) -> float:
     return share * (len(text.encode()) - 1 if len(text) == 1 else 1)
 
 
-def _may_add(text: str, known: Collection[str]) -> bool:
-    return len(text) <= _LONGEST and text not in known and why_not(text) is None
+def _may_add(text: str, existing: Collection[str]) -> bool:
+    return len(text) <= _LONGEST and text not in existing and why_not(text) is None

@@ -9,7 +9,7 @@ from pathlib import Path
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from tokenizer.errors import TokenizerError
-from tokenizer.formats.sentencepiece_model import encoder_alone, read_model
+from tokenizer.formats.sentencepiece_model import piece_encoder, read_model
 from tokenizer.merge.chinese_llama import PAD
 
 # An old id, and how many characters it stands for: a byte of a character of three bytes stands for a third.
@@ -55,7 +55,7 @@ def decompose(base_flag: str, base: Path, flag: str, extended: Path) -> Decompos
     old, new = read_model(base_flag, base), read_model(flag, extended)
     _check_extends(old, new, f"{flag} {extended}", f"{base_flag} {base}")
     size = len(old.pieces)
-    encoded = encoder_alone(old)(_texts(new, size))
+    encoded = piece_encoder(old)(_texts(new, size))
     ids = {piece.piece: index for index, piece in enumerate(old.pieces) if piece.type in (*_TEXT, _BYTE)}
     parts = tuple(tuple(_parts(pieces, ids, old)) for pieces in encoded)
     of_bytes = sum(bool(part) and all(old.pieces[index].type == _BYTE for index, _ in part) for part in parts)

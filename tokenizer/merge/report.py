@@ -6,7 +6,7 @@ from typing import Any
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from tokenizer.formats.huggingface import why_no_fast_tokenizer
-from tokenizer.formats.sentencepiece_model import encoder_alone, unreachable
+from tokenizer.formats.sentencepiece_model import piece_encoder, unreachable
 from tokenizer.merge.chinese_llama import Merged, merge_chinese_llama
 from tokenizer.merge.corpus import batches_of_runs
 from tokenizer.output import markdown_table
@@ -17,7 +17,7 @@ _EXAMPLES = 20
 def as_json(
     merged: Merged, base: ModelProto, extra: ModelProto, corpus: Callable[[], Iterable[str]] | None = None
 ) -> dict[str, Any]:
-    """The report for programs, with all pieces of every list.
+    """Make the report for programs, with all pieces of every list.
 
     Args:
         merged: of `base` and `extra`.
@@ -42,7 +42,7 @@ def as_json(
 
 
 def as_markdown(record: dict[str, Any]) -> str:
-    """The report as a page, from what `as_json` gives."""
+    """Format the report as a page, from what `as_json` gives."""
     rows = [
         ("pieces", f"{record['pieces']:,}"),
         ("of the base", f"{record['base_pieces']:,}"),
@@ -65,7 +65,7 @@ def as_markdown(record: dict[str, Any]) -> str:
 
 
 def as_line(record: dict[str, Any]) -> str:
-    """The report in one line."""
+    """Format the report in one line."""
     not_taken = record["extra_pieces"] - len(record["added"]["pieces of the extra model"])
     return (
         f"{record['pieces']:,} pieces = {record['base_pieces']:,} of the base + {record['new_pieces']:,} new "
@@ -86,7 +86,7 @@ def _lists(title: str, lists: dict[str, list[str]]) -> list[str]:
 
 def _measure(merged: Merged, base: ModelProto, extra: ModelProto, lines: Iterable[str]) -> dict[str, Any]:
     models = {"base": base, "chinese-llama": merge_chinese_llama(base, extra).proto, merged.mode: merged.proto}
-    encoders = {name: encoder_alone(proto) for name, proto in models.items()}
+    encoders = {name: piece_encoder(proto) for name, proto in models.items()}
     characters, tokens = 0, dict.fromkeys(models, 0)
     for runs in batches_of_runs(lines):
         characters += sum(map(len, runs))

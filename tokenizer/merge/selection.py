@@ -9,7 +9,7 @@ from math import log
 import numpy as np
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-from tokenizer.formats.sentencepiece_model import encoder_alone
+from tokenizer.formats.sentencepiece_model import piece_encoder
 from tokenizer.text.characters import has_cjk
 
 _RARE = 1e-7  # the share of tokens assumed for what has none
@@ -17,7 +17,7 @@ _ATTEMPTS = 8  # a piece that is not reached by then is given up
 
 
 @dataclass(frozen=True)
-class Closed:
+class MergeOrder:
     """Pieces that all can be reached.
 
     Attributes:
@@ -30,7 +30,7 @@ class Closed:
 
 
 def extend(base: ModelProto, pieces: Sequence[str]) -> ModelProto:
-    """`base` and new pieces, merged in this order after everything of the base.
+    """Add new pieces to `base`, merged in this order after everything of the base.
 
     Their scores are distinct and lie below the lowest of the base, so no merge of the base gives way to a new one,
     and the order does not depend on where in the text a pair stands.
@@ -45,7 +45,7 @@ def extend(base: ModelProto, pieces: Sequence[str]) -> ModelProto:
 
 
 def merge_order(pieces: Iterable[str], frequency: Mapping[str, float]) -> list[str]:
-    """Pieces in the order in which they should merge: the most cohesive first.
+    """Sort pieces into the order in which they should merge: the most cohesive first.
 
     Cohesion is the pointwise mutual information of a piece's best two halves, log p(ab) / (p(a) p(b)): what occurs
     together more often than by chance is joined before what does not, which comes close to the most probable cut.
@@ -59,7 +59,7 @@ def merge_order(pieces: Iterable[str], frequency: Mapping[str, float]) -> list[s
     return sorted(pieces, key=lambda text: (len(text) > 1, -cohesion(text), text))
 
 
-def close(base: ModelProto, pieces: Iterable[str], frequency: Mapping[str, float]) -> Closed:
+def complete(base: ModelProto, pieces: Iterable[str], frequency: Mapping[str, float]) -> MergeOrder:
     """Put pieces into merge order and add those that their merges pass through.
 
     A unigram model's piece needs no smaller ones; a BPE model builds each from two. What is missing is seen where the
@@ -71,8 +71,8 @@ def close(base: ModelProto, pieces: Iterable[str], frequency: Mapping[str, float
         pieces: to be reachable.
         frequency: share of tokens, for the merge order.
     """
-    wanted, known = set(pieces), {piece.piece for piece in base.pieces}
-    between = {letter for text in wanted for letter in text if has_cjk(letter)} - wanted - known
+    wanted, base_pieces = set(pieces), {piece.piece for piece in base.pieces}
+    between = {letter for text in wanted for letter in text if has_cjk(letter)} - wanted - base_pieces
     unreachable: list[str] = []
 
     def chance(pair: tuple[str, str]) -> float:
@@ -82,10 +82,10 @@ def close(base: ModelProto, pieces: Iterable[str], frequency: Mapping[str, float
     while True:
         present = wanted | between
         order = merge_order(present, frequency)
-        encoded = encoder_alone(extend(base, order))(order)
+        encoded = piece_encoder(extend(base, order))(order)
         broken = {text: parts for text, parts in zip(order, encoded, strict=True) if parts != [text]}
         if not broken:
-            return Closed(order, unreachable)
+            return MergeOrder(order, unreachable)
         attempt += 1
         helps = Counter(pair for parts in broken.values() for pair in pairwise(parts))
         for text, parts in broken.items():
@@ -99,8 +99,8 @@ def close(base: ModelProto, pieces: Iterable[str], frequency: Mapping[str, float
                 unreachable.append(text)
 
 
-def fit(base: ModelProto, values: Mapping[str, float], frequency: Mapping[str, float], room: int) -> Closed:
-    """The pieces of most value that fit into `room`, with those that they need in between.
+def select(base: ModelProto, values: Mapping[str, float], frequency: Mapping[str, float], room: int) -> MergeOrder:
+    """Choose the pieces of most value that fit into `room`, with those that they need in between.
 
     Fewer than `room` come back only where `values` has no more that can be reached.
     """
@@ -108,18 +108,18 @@ def fit(base: ModelProto, values: Mapping[str, float], frequency: Mapping[str, f
     chosen = list(islice(ranked, room))
     shrunk = False
     while True:
-        closed = close(base, chosen, frequency)
-        gap = room - len(closed.order)
+        completed = complete(base, chosen, frequency)
+        gap = room - len(completed.order)
         if gap < 0:
             del chosen[gap:]
             shrunk = True
             continue
         # Once there were too many, only what needs nothing in between may fill the last places.
-        present = {piece.piece for piece in base.pieces}.union(closed.order)
+        present = {piece.piece for piece in base.pieces}.union(completed.order)
         fitting = (text for text in ranked if not shrunk or _joins(text, present))
         more = list(islice(fitting, gap))
         if not more:
-            return closed
+            return completed
         chosen += more
 
 

@@ -15,12 +15,12 @@ _RUN = re.compile(f"[{_HAN}{_CJK_PUNCTUATION}{SHARED_PUNCTUATION}]+")
 
 
 def has_cjk(text: str) -> bool:
-    """Whether a Han character, or punctuation that only CJK text has, is in `text`."""
+    """Tell whether a Han character, or punctuation that only CJK text has, is in `text`."""
     return _CJK.search(text) is not None
 
 
 def chinese_runs(text: str) -> Iterator[str]:
-    """The longest stretches of Han and CJK punctuation in `text`.
+    """Find the longest stretches of Han and CJK punctuation in `text`.
 
     Quotation marks, dashes and dots that other languages share belong to a run, but do not make one.
     """

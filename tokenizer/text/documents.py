@@ -32,8 +32,8 @@ class Tally:
         return text + (f", {self.reserved:,} characters that SentencePiece reserves" if self.reserved else "")
 
 
-def reading(flag: str, paths: Sequence[Path], quiet: bool) -> tqdm:
-    """A progress bar over the bytes of `paths`, to be told of each that was read.
+def progress_bar(flag: str, paths: Sequence[Path], quiet: bool) -> tqdm:
+    """Make a progress bar over the bytes of `paths`, to be told of each that was read.
 
     Raises:
         TokenizerError: one of them is not a file of text.
@@ -47,7 +47,7 @@ def reading(flag: str, paths: Sequence[Path], quiet: bool) -> tqdm:
 def read_lines(
     paths: Sequence[Path], key: str, advance: Callable[[int], object], flag: str = "--input", tally: Tally | None = None
 ) -> Iterator[str]:
-    """The lines of `read_documents` that are not blank, without their line ends; arguments as there."""
+    """Read the lines of `read_documents` that are not blank, without their line ends; arguments as there."""
     tally = tally or Tally()
     for document in read_documents(paths, key, advance, flag, tally):
         for line in io.StringIO(document, newline=None):
@@ -60,7 +60,7 @@ def read_lines(
 def read_documents(
     paths: Sequence[Path], key: str, advance: Callable[[int], object], flag: str = "--input", tally: Tally | None = None
 ) -> Iterator[str]:
-    """The documents with text of files of JSON lines, and the lines with text of any other file.
+    """Read the documents with text of files of JSON lines, and the lines with text of any other file.
 
     Args:
         paths: files as `inspect` takes them.

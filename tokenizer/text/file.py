@@ -120,7 +120,7 @@ class TextFile:
 
 
 def inspect(flag: str, path: Path) -> TextFile:
-    """What a file is, by its first 64 KiB and its name.
+    """Find out what a file is, by its first 64 KiB and its name.
 
     Content decides on compression. JSON lines are what is named so, and any other file of which every line begins
     as an object of JSON and ends as one; where only its first line is one, a name of plain text is believed.

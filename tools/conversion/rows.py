@@ -24,7 +24,7 @@ def always(_: ModelConfig) -> bool:
 
 
 def key_value_heads(model: ModelConfig) -> int:
-    """Groups of a fused matrix of attention: the queries of a key/value head, its key, its value (Megatron's order)."""
+    """Count groups of a fused attention matrix: a key/value head's queries, its key, its value (Megatron's order)."""
     return model.kv_heads
 
 
@@ -54,18 +54,18 @@ class Binding:
 
 
 def bind(rules: Sequence[Rule], model: ModelConfig) -> list[Binding]:
-    """The rules of `model`, for every layer, in the order of the rules and layers."""
-    known = parameter_shapes(model)
+    """Apply the rules of `model`, for every layer, in the order of the rules and layers."""
+    shapes = parameter_shapes(model)
     bindings = []
     for layered, block in itertools.groupby(rules, lambda rule: "{}" in rule.theirs):
         block_rules = [rule for rule in block if rule.when(model)]
         for layer in range(model.num_layers if layered else 1):
             for rule in block_rules:
                 ours = tuple(name.format(layer) for name in rule.ours)
-                if all(name in known for name in ours):
+                if all(name in shapes for name in ours):
                     bindings.append(Binding(rule.theirs.format(layer), ours, rule.groups(model)))
     bound = {name for binding in bindings for name in binding.ours}
-    assert bound == known.keys(), f"no rule for {sorted(known.keys() - bound)}"
+    assert bound == shapes.keys(), f"no rule for {sorted(shapes.keys() - bound)}"
     return bindings
 
 
@@ -109,7 +109,7 @@ class RowView:
 
 
 def to_theirs(weights: Weights, bindings: Iterable[Binding]) -> RowView:
-    """Our weights under their names and in their order of rows."""
+    """Give our weights under their names and in their order of rows."""
     segments: dict[str, list[_Segment]] = {}
     for binding in bindings:
         sizes = [(name, weights.shapes[name][0] // binding.groups) for name in binding.ours]
@@ -120,7 +120,7 @@ def to_theirs(weights: Weights, bindings: Iterable[Binding]) -> RowView:
 
 
 def to_ours(weights: Weights, bindings: Iterable[Binding], model: ModelConfig) -> RowView:
-    """Their weights, of the shapes that `theirs_shapes` says, under our names, in the order of the model."""
+    """Give their weights, of the shapes that `theirs_shapes` says, under our names, in the order of the model."""
     shapes = parameter_shapes(model)
     segments: dict[str, list[_Segment]] = {name: [] for name in shapes}
     for binding in bindings:
@@ -134,7 +134,7 @@ def to_ours(weights: Weights, bindings: Iterable[Binding], model: ModelConfig) -
 
 
 def theirs_shapes(bindings: Iterable[Binding], model: ModelConfig) -> dict[str, torch.Size]:
-    """What shape every one of their tensors must have."""
+    """Say what shape every one of their tensors must have."""
     shapes = parameter_shapes(model)
     return {
         binding.theirs: torch.Size([sum(shapes[name][0] for name in binding.ours), *shapes[binding.ours[0]][1:]])

@@ -45,7 +45,7 @@ class Source:
     has_optimizer: bool = False
 
     def check(self, where: str, description: str) -> "Source":
-        """Itself, or RequestError naming the first weight that is missing, left over or of another shape.
+        """Return itself, or raise RequestError naming the first weight that is missing, left over or of another shape.
 
         where: starts the message; description: the file that says what the shapes should be.
         """

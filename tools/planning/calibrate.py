@@ -19,7 +19,7 @@ _SLOWEST, _FASTEST = 1e-3, 1e3
 
 
 def calibrated(cluster: Cluster, program: Program, metrics: str) -> tuple[Cluster, str]:
-    """The cluster with the factor in, and a line that says what it is. metrics: pretrain --metrics FILE, with the
+    """Give the cluster with the factor in, and a line that says what it is. metrics: pretrain --metrics FILE, with the
     run's run.yaml where pretrain puts it. Raises RequestError."""
     records = read_metrics(metrics, "--calibrate")
     if not all(map(_is_measured, records)):

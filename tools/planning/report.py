@@ -79,7 +79,7 @@ def verdict(plan: Plan, memory_share: float) -> str:
 
 
 def explanation(plan: Plan, memory_share: float) -> list[str]:
-    """Where the time and the memory go."""
+    """Say where the time and the memory go."""
     lines = [verdict(plan, memory_share)]
     shares = sorted(((s / plan.step.seconds, name) for name, s in plan.step.parts.items()), reverse=True)
     lines.append("the step: " + ", ".join(f"{name} {share:.1%}" for share, name in shares if share >= 0.0005))
@@ -97,7 +97,7 @@ _NAMES = {"tp": "TP", "pp": "PP", "zero": "ZeRO-", "micro_batch": "microbatch", 
 
 
 def why_not(best: Plan, alternative: Alternative, objective: str) -> str:
-    """One line: what this other decision would cost at its best."""
+    """Say in one line what this other decision would cost at its best."""
     name = _NAMES.get(alternative.aspect, "")
     value = alternative.value or "none"
     head = f"why not {name}{'' if name.endswith('-') else ' '}{value}: ".replace("  ", " ")
@@ -117,7 +117,7 @@ def _short(plan: Plan) -> str:
 
 
 def as_json(plan: Plan, memory_share: float) -> dict[str, Any]:
-    """Bytes and seconds; flags as for `python -m pretrain`."""
+    """Give bytes and seconds; flags as for `python -m pretrain`."""
     config = plan.config
     layout = plan.layout
     return {

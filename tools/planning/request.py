@@ -57,7 +57,7 @@ class Planned:
 
 
 def read_run(options: argparse.Namespace, gpu: Gpu) -> Planned:
-    """options: with what the planner's own parser left in `rest`. Raises RequestError."""
+    """Read the run that is planned. options: with what the planner's own parser left in `rest`. Raises RequestError."""
     layout = options.layout
     file, given = read_settings(options.rest, options.own)
     for name in given:
@@ -128,7 +128,7 @@ def _read(name: str, value: Any) -> Any:
 
 
 def read_cluster(options: argparse.Namespace) -> Cluster:
-    """The GPUs of --gpu, with what single flags say otherwise. Raises RequestError."""
+    """Read the GPUs of --gpu, with what single flags say otherwise. Raises RequestError."""
     own = ("peak_tflops", "memory_gb", "bandwidth")
     if options.gpu is not None:
         gpu = gpu_named(options.gpu)

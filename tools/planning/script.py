@@ -23,7 +23,7 @@ _OF_A_RUN = ("data_path", "tokenizer_model", "load", "save", "save_interval", "m
 
 
 def layout_flags(config: EngineConfig, without: Collection[str] = ()) -> list[list[str]]:
-    """A flag and its value for whatever differs from pretrain's defaults; degrees, microbatch and ZeRO always."""
+    """List a flag and its value for whatever differs from pretrain's defaults; degrees, microbatch and ZeRO always."""
     flags = []
     for group in LAYOUT_GROUPS:
         part = getattr(config, group)
@@ -36,7 +36,7 @@ def layout_flags(config: EngineConfig, without: Collection[str] = ()) -> list[li
 
 
 def launch_script(plan: Plan, settings: dict[str, Any], title: str) -> str:
-    """A script like those in examples/. settings: what was asked for by field name, from which all else is taken."""
+    """Write a script like those in examples/. settings: what was asked for by field name, and no layout decides."""
     config, cluster = plan.config, plan.cluster
     decided = {field.name for group in LAYOUT_GROUPS for field in dataclasses.fields(getattr(config, group))} - {
         *_GIVEN

@@ -26,7 +26,7 @@ _DIGIT = 0.7  # of the font size is a digit's width, with some air
 
 
 def draw_timeline(timeline: Timeline, layout: StageLayout, axes: Axes) -> None:
-    """Ranks from top to bottom, seconds from left to right, blank where a rank waits.
+    """Draw ranks from top to bottom, seconds from left to right, blank where a rank waits.
 
     The stages of a rank differ in lightness, the first is the darkest. Microbatch numbers stand where there is room
     for them. Of a step with too many passes to be seen, the beginning and the end are drawn, the same length of both.

@@ -32,7 +32,7 @@ class Chunk:
 
 
 def size_on_disk(names: Sequence[str]) -> int | None:
-    """Bytes of all files, None when standard input is among them.
+    """Count the bytes of all files, None when standard input is among them.
 
     Raises:
         TokenizerError: a file does not exist, or is neither JSON lines nor plain text.
@@ -44,7 +44,7 @@ def size_on_disk(names: Sequence[str]) -> int | None:
 
 
 def read_chunks(names: Sequence[str]) -> Iterator[Chunk]:
-    """The documents of the files, in order; standard input holds JSON lines.
+    """Read the documents of the files, in order; standard input holds JSON lines.
 
     Raises:
         TokenizerError: a file cannot be read or decompressed.

@@ -53,7 +53,7 @@ class LostCharacters:
         self._removed: set[str] = set()
 
     def count(self, text: str) -> tuple[int, int]:
-        """Characters of `text` that are unknown, and that are removed."""
+        """Count characters of `text` that are unknown, and that are removed."""
         letters = set(text)
         for letter in letters - self._seen:
             if self._unknown_id is not None and self._unknown_id in self._encode(letter):

@@ -16,7 +16,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _GROW = "let the model grow with --embedding-init METHOD --base-tokenizer OLD"
 
 
-def recognised(source: Source, asked: bool) -> Source:
+def detect_tokenizer(source: Source, asked: bool) -> Source:
     """`source` with the record of the tokenizer beside its weights, if it has none yet; says what was found.
 
     asked: a flag gives the tokenizer, so that it is no matter if none is found.
@@ -46,12 +46,12 @@ def _contradictions(record: TokenizerRecord, source: Source) -> Iterator[str]:
     for file in (CONFIG, GENERATION):
         content = (source.hugging_face or {}).get(file, {})
         for name in TOKEN_IDS:
-            known, own = content.get(name), ids[name]
-            if known is not None and own is not None and not _holds(known, own):
-                yield f"{file} has {name} {known}, its tokenizer {own}: an export after training has the tokenizer's"
+            stated, own = content.get(name), ids[name]
+            if stated is not None and own is not None and not _contains(stated, own):
+                yield f"{file} has {name} {stated}, its tokenizer {own}: an export after training has the tokenizer's"
 
 
-def given(
+def read_given(
     path: Path, source: Source, changed: bool, base: Path | None = None, where: str = "--input"
 ) -> TokenizerRecord:
     """The record of the tokenizer that `--tokenizer` gives a model.
@@ -127,13 +127,13 @@ def with_token_ids(content: dict[str, Any], ids: dict[str, Any]) -> dict[str, An
     """
     content = dict(content)
     for name, index in ids.items():
-        known = content.get(name)
-        if name not in content or (index is not None and not (isinstance(known, list) and _holds(known, index))):
+        stated = content.get(name)
+        if name not in content or (index is not None and not (isinstance(stated, list) and _contains(stated, index))):
             content[name] = index
     return content
 
 
-def _holds(known: Any, index: Any) -> bool:
+def _contains(stated: Any, index: Any) -> bool:
     """Whether one or several ids are among others."""
-    several, wanted = (value if isinstance(value, list) else [value] for value in (known, index))
+    several, wanted = (value if isinstance(value, list) else [value] for value in (stated, index))
     return set(wanted) <= set(several)

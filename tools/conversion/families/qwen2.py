@@ -18,9 +18,9 @@ QWEN_ABSENT = LLAMA_ABSENT | {
 
 
 def read_windows(config: dict[str, Any]) -> dict[str, Any]:
-    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
-        raise RequestError(f"config.json: layer_types {min(kinds)!r} is not supported; 'full_attention' is")
+    layer_types = set(config.get("layer_types") or ()) - {"full_attention"}
+    if layer_types:
+        raise RequestError(f"config.json: layer_types {min(layer_types)!r} is not supported; 'full_attention' is")
     return {}
 
 

@@ -33,7 +33,7 @@ _DERIVED = "rotary_emb.inv_freq"  # old folders also store what follows from con
 
 
 def open_hf(folder: Path) -> Source:
-    """The model in `folder`; raises RequestError where a file is missing, broken or of an unknown model."""
+    """Open the model in `folder`; raises RequestError where a file is missing, broken or of an unknown model."""
     files = {CONFIG: read_table(folder, CONFIG)}
     if (folder / GENERATION).is_file():
         files[GENERATION] = read_table(folder, GENERATION)
@@ -49,7 +49,7 @@ def open_hf(folder: Path) -> Source:
 
 
 def open_tensors(folder: Path) -> TensorFiles:
-    """All stored tensors by the names in the files: safetensors, or else what torch.save wrote; as transformers does.
+    """Open all stored tensors by the files' names: safetensors, or else what torch.save wrote; as transformers does.
 
     Raises RequestError also where transformers would read more, or something else, than these.
     """
@@ -115,7 +115,7 @@ def write_hf(source: Source, folder: Path, shard_bytes: int, model_type: str | N
 
 
 def describe(source: Source, model_type: str | None) -> tuple[Family, dict[str, Any]]:
-    """The family to which a model goes, and config.json and generation_config.json by file name.
+    """Choose the family to which a model goes, and make config.json and generation_config.json, by file name.
 
     What came with the model stays as it was, but for what has changed. Raises RequestError where the family lacks
     words for the model.

@@ -8,7 +8,7 @@ from megatron_ext.errors import RequestError
 
 
 def read_table(folder: Path, name: str, flag: str = "--input") -> dict[str, Any]:
-    """The fields of a file. Raises RequestError, a line that starts with the flag, unless it is one such table."""
+    """Read the fields of a file. Raises RequestError, a line that starts with the flag, unless it is one such table."""
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -48,7 +48,7 @@ _LLAMA3 = {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_orig
 
 
 def to_args(model: ModelConfig) -> argparse.Namespace:
-    """The arguments of `model`, of one rank. Raises RequestError where megatron-core has no word for it.
+    """Make the arguments of `model`, of one rank. Raises RequestError where megatron-core has no word for it.
 
     padded_vocab_size is left to the program that loads: it pads for its own layout, and would take ours for padded.
     """
@@ -88,7 +88,7 @@ def _check_understood(args: argparse.Namespace, model: ModelConfig) -> None:
 
 
 def from_args(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
-    """The shape that a checkpoint's arguments describe. Raises RequestError naming what is missing or not supported."""
+    """Read the shape that a checkpoint's arguments describe. Raises RequestError for what is missing or unsupported."""
     for name in _FOREIGN:
         if getattr(args, name, None):
             raise RequestError(f"args.{name} {getattr(args, name)!r} is not supported")

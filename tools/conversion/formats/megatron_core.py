@@ -131,7 +131,7 @@ def _numbered(sizes: dict[str, torch.Size]) -> dict[str, Place]:
 
 
 def open_megatron(folder: Path, vocab_size: int | None = None) -> Source:
-    """The model in `folder`: the release or iteration that its tracker names, or itself a checkpoint.
+    """Open the model in `folder`: the release or iteration that its tracker names, or itself a checkpoint.
 
     vocab_size: rows of the embedding that belong to tokens; those above are padding and are left out. By default what
     the checkpoint's arguments say. Raises RequestError where a file is missing, broken or of an unknown model, and

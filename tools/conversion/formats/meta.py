@@ -56,7 +56,7 @@ _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
 def open_meta(folder: Path, max_position_embeddings: int | None = None) -> Source:
-    """The model in `folder`.
+    """Open the model in `folder`.
 
     Args:
         folder: with params.json and consolidated.NN.pth; tokenizer.model lies there, beside it, or nowhere.
@@ -92,10 +92,10 @@ def open_meta(folder: Path, max_position_embeddings: int | None = None) -> Sourc
 def _read_params(where: str, folder: Path) -> dict[str, Any]:
     """The fields of params.json that are not null, all of them known, and numbers."""
     params = {field: value for field, value in read_table(folder, "params.json").items() if value is not None}
-    known = _REQUIRED | _OPTIONAL | _SCALING | _OF_INFERENCE
-    for problem, fields in (("lacks", _REQUIRED - params.keys()), ("has an unknown field", params.keys() - known)):
+    allowed = _REQUIRED | _OPTIONAL | _SCALING | _OF_INFERENCE
+    for problem, fields in (("lacks", _REQUIRED - params.keys()), ("has an unknown field", params.keys() - allowed)):
         if fields:
-            raise RequestError(f"{where}: params.json {problem} {min(fields)}; known are {', '.join(sorted(known))}")
+            raise RequestError(f"{where}: params.json {problem} {min(fields)}; known are {', '.join(sorted(allowed))}")
     for field, value in params.items():
         whole = field.startswith(("n_", "dim", "vocab", "multiple"))
         kind = bool if field == "use_scaled_rope" else int if whole else int | float
@@ -229,19 +229,19 @@ def _complete(params: dict[str, Any], model: ModelConfig, length: int | None) ->
     Both are those of the published model of this shape, or of the generation whose rotation it has; a line says so.
     """
     name = next((name for name in preset_names() if _comparable(preset(name)) == _comparable(model)), None)
-    alike, source = _generation(model), "of LLaMA's generations the one with its rotation"
+    published, source = _generation(model), "of LLaMA's generations the one with its rotation"
     if name is not None:
-        alike, source = preset(name), f"the published {name}"
+        published, source = preset(name), f"the published {name}"
     factor = params.get("rope_scaling_factor") if model.rope_scaling != "none" else 1.0
-    taken = []
+    assumed = []
     if length is None:
-        length = alike.max_position_embeddings
-        taken.append(f"--max-position-embeddings {length}")
+        length = published.max_position_embeddings
+        assumed.append(f"--max-position-embeddings {length}")
     if factor is None:
-        factor = alike.rope_scaling_factor
-        taken.append(f"rope_scaling_factor {factor:g}")
-    if taken:
-        print(f"params.json does not say all: {' and '.join(taken)}, as {source} has")
+        factor = published.rope_scaling_factor
+        assumed.append(f"rope_scaling_factor {factor:g}")
+    if assumed:
+        print(f"params.json does not say all: {' and '.join(assumed)}, as {source} has")
     return dataclasses.replace(model, max_position_embeddings=length, rope_scaling_factor=float(factor))
 
 

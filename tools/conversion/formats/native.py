@@ -13,7 +13,7 @@ from tools.conversion.source import Source
 
 
 def open_native(folder: Path) -> Source:
-    """The checkpoint that `folder` is, or whose folder it is; adapters that it has are merged into the weights."""
+    """Open the checkpoint that `folder` is, or whose folder it is; adapters that it has are merged into the weights."""
     checkpoint = find_checkpoint(folder, "--input")
     manifest = read_manifest(checkpoint, "--input")
     model, lora = model_of(manifest, f"--input {checkpoint}: {MANIFEST}")

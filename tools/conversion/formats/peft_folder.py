@@ -51,7 +51,7 @@ class Adapters:
 
 
 def open_adapters(folder: Path, base_model: str | None) -> Adapters:
-    """Those of the checkpoint that `folder` is, or whose folder it is.
+    """Open those of the checkpoint that `folder` is, or whose folder it is.
 
     Raises RequestError where it has none, or where `base_model` is a folder of a model of another shape.
     """

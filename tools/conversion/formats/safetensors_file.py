@@ -66,17 +66,17 @@ class SafetensorsFiles(TensorFiles):
         for name, entry in header.items():
             try:
                 kind, shape, (start, stop) = entry["dtype"], torch.Size(entry["shape"]), entry["data_offsets"]
-                known = _DTYPES.get(kind)
+                dtype = _DTYPES.get(kind)
                 end = max(end, stop)
-                whole = known is None or (start >= 0 and stop - start == shape.numel() * known.itemsize)
+                whole = dtype is None or (start >= 0 and stop - start == shape.numel() * dtype.itemsize)
             except (LookupError, TypeError, ValueError) as error:
                 raise self._broken(file, f"its header says of {name}: {entry!s:.80}") from error
-            if known is None:
+            if dtype is None:
                 supported = ", ".join(kind for kind, dtype in _DTYPES.items() if dtype.is_floating_point)
                 raise self._error(f"{name} in {file} is stored as {kind}, which cannot be converted; {supported} can")
             if not whole:
                 raise self._broken(file, f"{name} of shape {tuple(shape)} in {kind} has {stop - start} bytes")
-            yield Entry(name, shape, known, first + start)
+            yield Entry(name, shape, dtype, first + start)
         if size != first + end:
             raise self._broken(file, f"it has {size} bytes, its header asks for {first + end}")
 

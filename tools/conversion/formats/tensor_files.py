@@ -54,7 +54,7 @@ class TensorFiles(abc.ABC):
 
     @classmethod
     def open_folder(cls, folder: Path) -> "TensorFiles":
-        """The tensors of a model's folder: of the shards that its index names, or of its only file.
+        """Open the tensors of a model's folder: of the shards that its index names, or of its only file.
 
         Raises RequestError where the index, a file, or a tensor of the index is missing or broken, and where there is
         a file beside the index that transformers would read instead.

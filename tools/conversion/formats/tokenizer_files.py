@@ -17,7 +17,7 @@ from tokenizer.formats.interface import Tokenizer
 from tokenizer.formats.load import open_tokenizer
 from tokenizer.formats.record import TokenizerRecord
 from tokenizer.formats.sentencepiece_model import read_model
-from tokenizer.formats.tokenizer_json import read_object, special_names, with_first_token
+from tokenizer.formats.tokenizer_json import read_object, special_names, with_bos
 from tools.conversion.proof.prove import NotEqual
 from tools.conversion.proof.run_transformers import NotRunnable
 from tools.conversion.proof.tokenizers import Differences, compare
@@ -101,9 +101,9 @@ def _write_sentencepiece(
     own = _read(flag, tokenizer.beside(SETTINGS))
     pad = own.get("pad_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad
-    known = pad if pad in tokenizer.pieces.values() else None
+    pad_piece = pad if pad in tokenizer.pieces.values() else None
     proto = read_model(flag, tokenizer.path)
-    for name, content in huggingface_files(proto, known, add_bos=record.prepend_bos is not False).items():
+    for name, content in huggingface_files(proto, pad_piece, add_bos=record.prepend_bos is not False).items():
         (folder / name).write_bytes(content)
     shutil.copyfile(tokenizer.path, folder / MODEL)
     for name in ("chat_template.jinja", "chat_template.json"):
@@ -124,7 +124,7 @@ def _write_json(flag: str, tokenizer: Tokenizer, record: TokenizerRecord, folder
     shutil.copyfile(tokenizer.path, folder / JSON)
     if record.prepend_bos is not None and tokenizer.bos_id is not None:
         found = json.loads(tokenizer.path.read_bytes())
-        wanted = with_first_token(found, tokenizer.pieces[tokenizer.bos_id], tokenizer.bos_id, record.prepend_bos)
+        wanted = with_bos(found, tokenizer.pieces[tokenizer.bos_id], tokenizer.bos_id, record.prepend_bos)
         if wanted != found:
             _write_object(folder / JSON, wanted)
     for name in _BESIDE:

@@ -31,7 +31,7 @@ class TorchFiles(TensorFiles):
     index, single, what = INDEX, SINGLE, "file of torch.save"
 
     def same_place(self, one: str, other: str) -> bool:
-        """Whether two names stand for the same stored values, as torch.save keeps tied weights."""
+        """Tell whether two names stand for the same stored values, as torch.save keeps tied weights."""
         place, other_place = ((self.files[name], self._offsets[name], self.shapes[name]) for name in (one, other))
         return place == other_place
 

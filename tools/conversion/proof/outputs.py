@@ -20,7 +20,7 @@ def layer(number: int) -> str:
 
 
 def prompt(vocab_size: int, longest: int) -> torch.Tensor:
-    """The same ids for every model of this vocabulary: the first, the last, others in between.
+    """Make the same ids for every model of this vocabulary: the first, the last, others in between.
 
     Those in between are multiples of the golden ratio, modulo the vocabulary: they spread evenly however many there
     are (Knuth, The Art of Computer Programming 3, 6.4), so that every shard's rows are looked at. The length is that

@@ -11,7 +11,7 @@ from tools.conversion.proof.stored_weight import StoredWeight
 
 
 def run_ours(model: ModelConfig, weights: Weights, ids: torch.Tensor) -> Outputs:
-    """What the model makes of ids [1, s], computed in float32, a piece of a weight in memory at a time."""
+    """Compute what the model makes of ids [1, s], in float32, a piece of a weight in memory at a time."""
     decoder = whole_model(model)
     for path, module in decoder.named_modules():
         for own in list(module._parameters):

@@ -28,7 +28,7 @@ class NotRunnable(Exception):
 
 
 def run_transformers(folder: Path, tensors: Weights, ids: torch.Tensor) -> Outputs:
-    """What the model that `folder`'s config.json describes makes of ids [1, s], computed in float32.
+    """Compute what the model that `folder`'s config.json describes makes of ids [1, s], in float32.
 
     Memory: a piece of a tensor, or (where a module does more with it than a product) the tensor.
 

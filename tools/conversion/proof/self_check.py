@@ -68,7 +68,7 @@ def _relative(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def difference_of_weights(source: Weights, result: Weights) -> str | None:
-    """The first tensor of `result` that is not `source`'s to the last bit, in words; None if there is none.
+    """Find the first tensor of `result` that is not `source`'s to the last bit, in words; None if there is none.
 
     source: the chain that was written, read once more from its beginning. result: what was written, opened anew and
     under the same names. Memory: a piece of each.

@@ -48,7 +48,7 @@ class StoredWeight(torch.Tensor):
         raise NotImplementedError(f"{func} reached a weight that is on disk")
 
     def read(self) -> torch.Tensor:
-        """The whole weight."""
+        """Read the whole weight."""
         whole = torch.empty(self.weights.shapes[self.stored_name])
         for start, stop in row_pieces(self.weights, self.stored_name):
             whole[start:stop] = self.weights.read_rows(self.stored_name, start, stop)
