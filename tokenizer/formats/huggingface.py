@@ -10,10 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from sentencepiece.sentencepiece_model_pb2 import (
-    ModelProto,  # type: ignore[attr-defined]
-    TrainerSpec,  # type: ignore[attr-defined]
-)
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
 
 from tokenizer.formats.tokenizer_json import bos_post_processor
 
