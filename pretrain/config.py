@@ -92,6 +92,7 @@ class RunConfig:
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     dry: DryRunConfig
+    callbacks: tuple[str, ...] = ()  # MODULE:CLASS each, of the command line alone
 
     @classmethod
     def kinds(cls) -> dict[str, type]:
@@ -101,12 +102,13 @@ class RunConfig:
         return {name: kind for name, kind in groups.items() if dataclasses.is_dataclass(kind)}
 
     @classmethod
-    def of(cls, groups: Mapping[str, Any]) -> "RunConfig":
+    def of(cls, groups: Mapping[str, Any], callbacks: tuple[str, ...] = ()) -> "RunConfig":
         """Put a run together of its groups."""
-        own = {field.name for field in dataclasses.fields(cls)}
+        own = {field.name for field in dataclasses.fields(cls)} & groups.keys()
         engine = {name: group for name, group in groups.items() if name not in own}
         training: TrainingConfig = groups["training"]
-        return cls(EngineConfig(**engine, seed=training.seed), **{name: groups[name] for name in own - {"engine"}})
+        own_groups = {name: groups[name] for name in own}
+        return cls(EngineConfig(**engine, seed=training.seed), **own_groups, callbacks=callbacks)
 
     def groups(self) -> dict[str, Any]:
         """The groups by name, in the order of `kinds`."""

@@ -13,6 +13,7 @@ from megatron_ext.optim.trainable import select
 from megatron_ext.option import flag_of
 from pretrain.checkpoints import Start
 from pretrain.config import RunConfig
+from pretrain.run import Run
 
 _TRAINING = ("batch", "precision", "optimizer", "lora", "data", "training")
 _SCHEDULE = {
@@ -34,6 +35,26 @@ def describe(config: EngineConfig, grid: ProcessGrid) -> list[str]:
         f"{config.batch.seq_length} tokens per rank | compute in {compute}",
         *describe_selections(selections),
     ]
+
+
+def introduction(run: Run) -> list[str]:
+    """Say what a run is, and where it begins, in the lines before its first step."""
+    config, layout = run.config, run.engine.layout
+    lines = describe(config.engine, run.grid)
+    if len(layout.stages) > 1:
+        cut = " | ".join(
+            f"stage {i} (rank {rank}): layers {stage.first}-{stage.last - 1}"
+            for i, (stage, rank) in enumerate(zip(layout.stages, layout.rank_of, strict=True))
+        )
+        lines.append(f"{layout.schedule}: {cut}")
+    lines += [f"tokenizer: {run.tokenizer or 'not known, and not noted in checkpoints'}", *run.data.describe()]
+    if config.engine.precision.fp16:
+        lines.append(run.engine.loss_scaler.describe())
+    valid = sum(corpus.samples("valid", config.engine.batch.seq_length) for corpus in run.data.corpora)
+    lines += describe_limits(config, valid)
+    if run.loaded is not None:
+        lines += describe_start(config, run.start, run.loaded, run.resolved)
+    return [*lines, run.place] if run.place else lines
 
 
 def describe_start(config: RunConfig, start: Start, manifest: Manifest, resolved: str) -> list[str]:

@@ -150,6 +150,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--use-checkpoint-args", action=argparse.BooleanOptionalAction, help="the model's shape is that of --load"
     )
+    parser.add_argument(
+        "--callback",
+        action="append",
+        metavar="MODULE:CLASS",
+        help="import a class that acts beside the steps; repeatable",
+    )
     sections = {group: parser.add_argument_group(group) for group in RunConfig.kinds()}
     for flag in all_flags().values():
         options: dict[str, Any] = {"dest": flag.name, "help": _help_line(flag)}
@@ -220,6 +226,8 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RequestError(f"--config {file}: must be a mapping of flag names to values")
     settings = {field_of(str(key)): value for key, value in content.items()}
+    if "callback" in settings:  # whoever reads a file must not run its code
+        raise RequestError(f"--config {file}: callback: is not taken from a file: give --callback on the command line")
     known = {*all_flags(), "model", "use_checkpoint_args"}
     for name in settings:
         if name not in known:
@@ -231,9 +239,10 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 
 def resolve(settings: dict[str, Any]) -> RunConfig:
-    """Settings by field name (and `model`, `use_checkpoint_args`), with presets and defaults filled in."""
+    """Settings by field name (and `model`, `use_checkpoint_args`, `callback`), with presets and defaults filled in."""
     settings = dict(settings)
     name, asked = settings.pop("model", None), settings.pop("use_checkpoint_args", None)
+    callbacks = tuple(settings.pop("callback", ()))
     from_checkpoint = asked is not None and _read_switch("--use-checkpoint-args", asked)
     flags = all_flags()
     read = {key: flags[key].read(value) for key, value in settings.items()}
@@ -245,7 +254,8 @@ def resolve(settings: dict[str, Any]) -> RunConfig:
     tokenizer = None if keeps_rows else read.get("tokenizer_model")
     stored = _stored_model(name, from_checkpoint, options)
     model = _model(name, given.pop("model"), stored, options.overridden, tokenizer)
-    return RunConfig.of({"model": model} | {group: kinds[group](**values) for group, values in given.items()})
+    groups = {"model": model} | {group: kinds[group](**values) for group, values in given.items()}
+    return RunConfig.of(groups, callbacks)
 
 
 def _stored_model(name: Any, from_checkpoint: bool, options: CheckpointConfig) -> ModelConfig | None:
@@ -299,8 +309,8 @@ def _model(
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved configuration as a file that `--config` reads back to an equal run."""
-    parts = []
+    """The resolved configuration as a file that `--config` reads back to an equal run, without its callbacks."""
+    parts = [f"# with --callback {name}" for name in config.callbacks]
     for group, values in config.groups().items():
         values = dataclasses.asdict(values)
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

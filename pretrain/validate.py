@@ -9,6 +9,7 @@ from megatron_ext.checkpoint.metadata import TensorReader
 from megatron_ext.checkpoint.save import check_writable
 from megatron_ext.errors import RequestError
 from megatron_ext.option import flag_of, refuse_unused
+from pretrain.callbacks import load_callbacks
 from pretrain.config import RunConfig
 from pretrain.data import check_data
 from pretrain.resize import plan_expansion
@@ -18,7 +19,10 @@ NEEDS_CUDA = ("cudnn", "efficient")
 
 
 def validate(config: RunConfig) -> None:
-    """Raise RequestError for the first thing that cannot be done as asked. Writes nothing, talks to nobody."""
+    """Raise RequestError for the first thing that cannot be done as asked. Writes nothing, talks to nobody.
+
+    Imports what --callback names.
+    """
     config.dry.validate()
     config.training.validate()
     config.checkpoint.validate()
@@ -53,6 +57,7 @@ def validate(config: RunConfig) -> None:
             check_writable(folder, flag_of(name))
     if config.logging.metrics is not None and not os.access(os.path.dirname(config.logging.metrics) or ".", os.W_OK):
         raise RequestError(f"--metrics {config.logging.metrics}: its folder is not writable")
+    load_callbacks(config.callbacks)
 
 
 def _check_kernels(config: RunConfig) -> None:

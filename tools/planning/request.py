@@ -27,7 +27,7 @@ _FIELDS = {  # of planner.choices.Choice, and the flags that settle them
     "sequence_parallel": "sequence_parallel",
 }
 _LAYOUT = (*_FIELDS, "pipeline_layers", "zero_shard_size")  # in a file these are no decisions
-_OF_A_RUN = ("data_path", "load", "save", "save_interval", "metrics", "dry_run", "world_size")
+_OF_A_RUN = ("data_path", "load", "save", "save_interval", "metrics", "dry_run", "world_size", "callback")
 _SHORT = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
