@@ -59,7 +59,7 @@ class Pool:
         # whatever ranks import, once; an import that fails is passed over: DeepSpeed may not be there
         context.set_forkserver_preload(
             [
-                *("pretrain.train", "pretrain.data.samples", "tests.distributed", "deepspeed"),
+                *("pretrain.train", "pretrain.data.gpt_source", "tests.distributed", "deepspeed"),
                 *("pytest", "hypothesis", "sentencepiece", "tools.convert_checkpoint"),
                 *("transformers", "tests.megatron_ext.hugging_face", "tests.families", "tests.pretrain.support"),
             ]

@@ -2,6 +2,8 @@
 
 check_data   refuses what cannot be trained on, in seconds
 build_data   opens the corpora for one data-parallel rank and gives its batches
+
+The way to a batch is that of source.py: sources, a packer, `collate`.
 """
 
 from pretrain.data.check import check_data

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_ext.errors import RequestError
 from pretrain.data.config import DataConfig
 from pretrain.data.corpora import SPLITS, Corpus, read_corpora, require_training_samples
-from pretrain.data.masks import document_ids, loss_mask, position_ids
+from pretrain.data.masks import document_ids, position_ids
 from pretrain.data.order import SampleOrder
+from pretrain.data.source import Order, Packer, Place, Sample, Source
 from pretrain.data.tokenizer_file import eod_token
 
 
@@ -95,7 +96,7 @@ class Data:
         self.corpora = read_corpora(config)
         require_training_samples(self.corpora, config.split, seq_length)
         self.cache = cache_directory(config, self.corpora)
-        self._collate = partial(collate, config=config, eod=eod_token(config) if config.eod_flags else -1)
+        self._eod = eod_token(config) if config.eod_flags else None
         self._parts: dict[str, Part] = {}
         self._part("train")
 
@@ -139,8 +140,23 @@ class Data:
 
     def _part(self, split: str) -> "Part":
         if split not in self._parts:
-            self._parts[split] = Part(self.corpora, split, self.seq_length, self.seed, self.cache)
+            self._parts[split] = self._open(split)
         return self._parts[split]
+
+    def _open(self, split: str) -> "Part":
+        """A corpus too small to have a sample for validation or test takes no part in that split."""
+        from pretrain.data.gpt_source import GPTSource
+
+        corpora = [corpus for corpus in self.corpora if corpus.samples(split, self.seq_length)]
+        if not corpora:
+            raise RequestError(
+                f"--split leaves no sample of {self.seq_length} tokens for the {split} split; "
+                "give it a larger share, add data, or shorten --seq-length"
+            )
+        options = (split, self.seq_length, self.seed, self.cache, self._eod, self.config.eod_mask_loss)
+        sources: list[Source] = [GPTSource(corpus, *options) for corpus in corpora]
+        weights = blend_weights(corpora, split, self.seq_length)
+        return Part(corpora, sources, SampleOrder([len(source) for source in sources], weights, self.seed, self.cache))
 
     def _batches(self, split: str, steps: Iterator[int] | range) -> Iterator[dict[str, torch.Tensor]]:
         part = self._part(split)
@@ -148,7 +164,7 @@ class Data:
         loader = DataLoader(
             part,
             batch_sampler=([part.order[start + row] for row in self.rows] for start in planned),  # type: ignore[arg-type]
-            collate_fn=self._collate,
+            collate_fn=partial(collate, config=self.config),
             num_workers=self.config.num_workers,
             multiprocessing_context="fork" if self.config.num_workers else None,
             pin_memory=torch.cuda.is_available(),
@@ -171,29 +187,15 @@ class Data:
                 )
 
 
-class Part(Dataset[np.ndarray]):
-    """One split of the blend: the order of its samples, and the samples.
+class Part(Dataset[Sample], Packer):
+    """One split of the blend: a row is one sample, for the sources' are as long as a row."""
 
-    A corpus too small to have a sample for validation or test takes no part in that split.
-    """
+    def __init__(self, corpora: Sequence[Corpus], sources: Sequence[Source], order: Order) -> None:
+        self.corpora, self.sources, self.order = corpora, sources, order
 
-    def __init__(self, corpora: Sequence[Corpus], split: str, seq_length: int, seed: int, cache: Path) -> None:
-        from pretrain.data.samples import Samples
-
-        self.corpora = [corpus for corpus in corpora if corpus.samples(split, seq_length)]
-        if not self.corpora:
-            raise RequestError(
-                f"--split leaves no sample of {seq_length} tokens for the {split} split; "
-                "give it a larger share, add data, or shorten --seq-length"
-            )
-        self.samples = [Samples(corpus, split, seq_length, seed, cache) for corpus in self.corpora]
-        weights = blend_weights(self.corpora, split, seq_length)
-        self.order = SampleOrder([len(samples) for samples in self.samples], weights, seed, cache)
-
-    def __getitem__(self, place: tuple[int, int]) -> np.ndarray:
-        """Tokens int64 [seq_length + 1] of (corpus, sample)."""
+    def __getitem__(self, place: Place) -> Sample:
         corpus, sample = place
-        return self.samples[corpus][sample]
+        return self.sources[corpus][sample]
 
 
 def blend_weights(corpora: Sequence[Corpus], split: str, seq_length: int) -> list[float]:
@@ -201,18 +203,17 @@ def blend_weights(corpora: Sequence[Corpus], split: str, seq_length: int) -> lis
     return [float(corpus.samples(split, seq_length)) if corpus.weight is None else corpus.weight for corpus in corpora]
 
 
-def collate(samples: Sequence[np.ndarray], config: DataConfig, eod: int) -> dict[str, torch.Tensor]:
-    """A batch as `Data` describes it, from samples int64 [s + 1]."""
-    text = torch.from_numpy(np.stack(samples))
-    tokens = text[:, :-1].contiguous()
-    batch = {"tokens": tokens, "labels": text[:, 1:].contiguous()}
-    if config.eod_mask_loss:
-        batch["loss_mask"] = loss_mask(tokens, eod)
+def collate(rows: Sequence[Sample], config: DataConfig) -> dict[str, torch.Tensor]:
+    """Make a batch, as `Data` describes it, of samples that are as long as a row."""
+    batch = {"tokens": np.stack([row.tokens for row in rows]), "labels": np.stack([row.labels for row in rows])}
+    masks, lengths = [row.loss_mask for row in rows if row.loss_mask is not None], [row.lengths for row in rows]
+    if masks:
+        batch["loss_mask"] = np.stack(masks)
     if config.reset_attention_mask:
-        batch["document_ids"] = document_ids(tokens, eod)
+        batch["document_ids"] = document_ids(lengths)
     if config.reset_position_ids:
-        batch["position_ids"] = position_ids(tokens, eod)
-    return batch
+        batch["position_ids"] = position_ids(lengths)
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 def cache_directory(config: DataConfig, corpora: Sequence[Corpus]) -> Path:

@@ -1,22 +1,26 @@
-"""What end-of-document tokens mean for a batch. The token itself still belongs to its document."""
+"""What end-of-document tokens mean for a sample. The token itself still belongs to its document."""
 
-import torch
+from collections.abc import Sequence
 
-
-def document_ids(tokens: torch.Tensor, eod: int) -> torch.Tensor:
-    """Index of the document within the sample, int64 like `tokens` [B, s], from 0."""
-    ends = tokens == eod
-    return ends.cumsum(dim=1) - ends.long()
+import numpy as np
 
 
-def position_ids(tokens: torch.Tensor, eod: int) -> torch.Tensor:
-    """Position within the document, int64 like `tokens` [B, s], from 0 after each end of document."""
-    positions = torch.arange(tokens.size(1)).expand_as(tokens)
-    starts = torch.zeros_like(tokens)
-    starts[:, 1:] = torch.where(tokens[:, :-1] == eod, positions[:, 1:], 0)
-    return positions - starts.cummax(dim=1).values
+def document_lengths(tokens: np.ndarray, eod: int | None) -> np.ndarray:
+    """Count the tokens of every document of a sample [n], cut after each `eod` (None: never); int64 [documents]."""
+    ends = np.flatnonzero(tokens[:-1] == eod) + 1 if eod is not None else np.empty(0, dtype=np.int64)
+    return np.diff(ends, prepend=0, append=len(tokens))
 
 
-def loss_mask(tokens: torch.Tensor, eod: int) -> torch.Tensor:
-    """float32 [B, s]: 0 where the input token is an end of document (its label opens an unrelated text), else 1."""
-    return (tokens != eod).float()
+def loss_mask(tokens: np.ndarray, eod: int) -> np.ndarray:
+    """Leave out labels that open an unrelated text: float32 like `tokens`, 0 where the token is an `eod`, else 1."""
+    return (tokens != eod).astype(np.float32)
+
+
+def document_ids(lengths: Sequence[np.ndarray]) -> np.ndarray:
+    """Number the documents of every row from 0: int64 [rows, s], from `document_lengths` of each row."""
+    return np.stack([np.repeat(np.arange(len(of_row)), of_row) for of_row in lengths])
+
+
+def position_ids(lengths: Sequence[np.ndarray]) -> np.ndarray:
+    """Count the tokens of every document from 0: int64 [rows, s], from `document_lengths` of each row."""
+    return np.stack([np.concatenate([np.arange(length) for length in of_row]) for of_row in lengths])

@@ -49,7 +49,7 @@ class SampleOrder:
     def _build_blend(self, length: int) -> dict[str, np.ndarray]:
         # Megatron's blend is greedy: each draw looks only at those before it, so a longer index repeats the
         # shorter one and then goes on. Doubling keeps the work linear in the length of the run.
-        from pretrain.data.samples import blending_indices
+        from pretrain.data.gpt_source import blending_indices
 
         shares = "-".join(weight.hex() for weight in self.weights.tolist())
         key = f"blend-{length}-{digest(shares)}"

@@ -10,13 +10,13 @@ from megatron_ext.errors import RequestError
 from megatron_ext.models import Decoder
 from megatron_ext.zero import DataParallel
 from pretrain.__main__ import main
-from pretrain.data.samples import Samples
+from pretrain.data.gpt_source import GPTSource
 from pretrain.train import Trainer
 
 PLACES: dict[str, tuple[Any, str]] = {
     "forward": (Decoder, "forward"),
     "backward": (DataParallel, "before_backward"),
-    "data": (Samples, "__getitem__"),
+    "data": (GPTSource, "__getitem__"),
     "save": (save, "model_state"),
     "async save": (HashingWriter, "write_data"),
     "late refusal": (Trainer, "_record"),

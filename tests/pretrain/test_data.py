@@ -17,8 +17,9 @@ import torch
 from megatron_ext.errors import RequestError
 from pretrain.data import Data, DataConfig, build_data
 from pretrain.data.cache import cached_arrays
-from pretrain.data.masks import document_ids, loss_mask, position_ids
+from pretrain.data.masks import document_ids, document_lengths, loss_mask, position_ids
 from pretrain.data.order import SampleOrder
+from pretrain.data.source import Source
 from tools.preprocessing.writer import DatasetWriter
 
 EOD = 2
@@ -70,12 +71,12 @@ def test_first_pass_is_megatrons_gpt_dataset(corpora: list[str], tmp_path: Path)
     ours = build(DataConfig(data_path=(corpora[0],), split="80,15,5", data_cache_path=str(tmp_path / "ours")))
     for split, dataset in zip(("train", "valid", "test"), theirs):
         part = ours._part(split)
-        assert len(part.samples[0]) == len(dataset) > 0
+        assert len(part.sources[0]) == len(dataset) > 0
         assert part.corpora[0].samples(split, 16) == len(dataset)
         for place in range(len(dataset)):
             sample = part[part.order[place]]
-            assert np.array_equal(sample[:-1], dataset[place]["tokens"])
-            assert np.array_equal(sample[1:], dataset[place]["labels"])
+            assert np.array_equal(sample.tokens, dataset[place]["tokens"])
+            assert np.array_equal(sample.labels, dataset[place]["labels"])
 
 
 def test_batches_follow_each_other_and_labels_are_the_next_tokens(corpora: list[str]) -> None:
@@ -117,7 +118,7 @@ def test_workers_give_the_same_batches(corpora: list[str]) -> None:
 
 def test_each_pass_sees_every_sample_once_in_a_new_order(corpora: list[str]) -> None:
     part = build(DataConfig(data_path=(corpora[0],)))._part("train")
-    size = len(part.samples[0])
+    size = len(part.sources[0])
     passes = [[part.order[number * size + place] for place in range(size)] for number in range(3)]
     for one in passes:
         assert sorted(one) == [(0, place) for place in range(size)]
@@ -140,7 +141,7 @@ def test_blend_keeps_its_prefix_when_it_grows(tmp_path: Path, monkeypatch: pytes
 
 def test_unweighted_blend_visits_each_sample_once(corpora: list[str]) -> None:
     part = build(DataConfig(data_path=tuple(corpora)))._part("train")
-    sizes = [len(samples) for samples in part.samples]
+    sizes = [len(samples) for samples in part.sources]
     seen = {part.order[place] for place in range(sum(sizes))}
     assert len(seen) > 0.99 * sum(sizes)
 
@@ -175,10 +176,22 @@ def test_masks_are_megatrons(corpora: list[str]) -> None:
 
 
 def test_masks_by_hand() -> None:
-    tokens = torch.tensor([[5, EOD, 6, 7, EOD, EOD, 8], [EOD, 5, 6, 7, 8, 9, EOD]])
-    assert document_ids(tokens, EOD).tolist() == [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
-    assert position_ids(tokens, EOD).tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 0, 1, 2, 3, 4, 5]]
+    tokens = np.array([[5, EOD, 6, 7, EOD, EOD, 8], [EOD, 5, 6, 7, 8, 9, EOD]])
+    lengths = [document_lengths(row, EOD) for row in tokens]
+    assert document_ids(lengths).tolist() == [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+    assert position_ids(lengths).tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 0, 1, 2, 3, 4, 5]]
     assert loss_mask(tokens, EOD).tolist() == [[1, 0, 1, 1, 0, 0, 1], [0, 1, 1, 1, 1, 1, 0]]
+
+
+@pytest.mark.parametrize("flags", [{}, {"reset_position_ids": True}, {"eod_mask_loss": True}])
+def test_a_source_says_what_its_samples_are_made_of(corpora: list[str], flags: dict[str, bool]) -> None:
+    source: Source = build(DataConfig(data_path=(corpora[0],), eod_token_id=EOD, **flags))._part("train").sources[0]
+    for sample in (source[place] for place in range(40)):
+        assert np.array_equal(sample.tokens[1:], sample.labels[:-1])
+        assert sample.lengths.sum() == len(sample.tokens) == len(sample.labels) == 16
+        assert (sample.loss_mask is not None) == ("eod_mask_loss" in flags)
+        ends = np.flatnonzero(sample.tokens[:-1] == EOD) if flags else []
+        assert np.array_equal(sample.lengths.cumsum()[:-1] - 1, ends)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -191,7 +204,7 @@ def test_wrong_id_in_a_batch_names_the_file(tmp_path: Path, num_workers: int) ->
 
 
 def _start(prefix: str, cache: str, barrier: Any, answers: Any) -> None:
-    import pretrain.data.samples  # noqa: F401 (the slow import comes first, so that the builds start together)
+    import pretrain.data.gpt_source  # noqa: F401 (the slow import comes first, so that the builds start together)
 
     barrier.wait()
     data = build(DataConfig(data_path=(prefix, prefix), data_cache_path=cache))
@@ -395,7 +408,7 @@ def test_megatrons_own_dataset_is_read(tmp_path: Path) -> None:
         builder.end_document()
     builder.finalize(str(tmp_path / "m.idx"))
     part = build(DataConfig(data_path=(str(tmp_path / "m"),), split="1"))._part("train")
-    assert len(part.samples[0]) == 198 // 16
-    seen = np.concatenate([part[part.order[place]][:-1] for place in range(198 // 16)])
+    assert len(part.sources[0]) == 198 // 16
+    seen = np.concatenate([part[part.order[place]].tokens for place in range(198 // 16)])
     assert set(seen) <= set(stream)
     assert len(set(seen)) == len(seen) == 192

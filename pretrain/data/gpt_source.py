@@ -1,4 +1,4 @@
-"""The samples of one split of one corpus, through megatron-core.
+"""The samples of one split of one corpus, which megatron-core cuts from its documents.
 
 Importing this module imports megatron-core, which takes seconds: callers import it where they need it.
 """
@@ -12,6 +12,8 @@ import numpy as np
 
 from pretrain.data.cache import cached_arrays, digest
 from pretrain.data.corpora import Corpus
+from pretrain.data.masks import document_lengths, loss_mask
+from pretrain.data.source import Sample
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it warns of each optional GPU library, none of which reading data needs
@@ -26,8 +28,8 @@ with warnings.catch_warnings():
     from megatron.core.datasets.utils import Split
 
 
-class Samples(GPTDataset):
-    """One pass over the documents of one split: exactly the samples of a GPTDataset of one epoch, in its order.
+class GPTSource(GPTDataset):
+    """A `Source`: one pass over the documents of one split, exactly as a GPTDataset of one epoch goes over them.
 
     Two things differ from GPTDataset. The indices are built by whichever process comes first, under a file lock,
     where GPTDataset relies on global rank 0 (so every node may have its own disk); and they are named by the
@@ -39,10 +41,21 @@ class Samples(GPTDataset):
         seq_length: tokens in a sample; each brings one more, the label of its last token.
         seed: of the shuffle, 0 <= seed < 2**32.
         cache: directory of the indices.
+        eod: the token that ends a document; None: a sample is one document, whatever is in it.
+        mask_loss: whether what follows an `eod` carries no loss.
     """
 
-    def __init__(self, corpus: Corpus, split: str, seq_length: int, seed: int, cache: Path) -> None:
-        self._cache = cache
+    def __init__(
+        self,
+        corpus: Corpus,
+        split: str,
+        seq_length: int,
+        seed: int,
+        cache: Path,
+        eod: int | None = None,
+        mask_loss: bool = False,
+    ) -> None:
+        self._cache, self._eod, self._mask_loss = cache, eod, mask_loss
         self._lengths_checksum = corpus.checksum
         documents = corpus.documents(split)
         # megatron-core wants a tokenizer for its masks and padding; one pass has no padding, masks are made later.
@@ -70,9 +83,13 @@ class Samples(GPTDataset):
                 config,
             )
 
-    def __getitem__(self, sample: int | None) -> np.ndarray:  # type: ignore[override]
-        """Tokens of one sample, int64 [seq_length + 1]."""
-        return self._query_document_sample_shuffle_indices(sample or 0)[0]
+    def __getitem__(self, index: int | None) -> Sample:  # type: ignore[override]
+        text = self._query_document_sample_shuffle_indices(index or 0)[0]  # int64 [seq_length + 1]
+        tokens, mask = text[:-1], None
+        if self._mask_loss:
+            assert self._eod is not None
+            mask = loss_mask(tokens, self._eod)
+        return Sample(tokens, text[1:], mask, document_lengths(tokens, self._eod))
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         seed, seq_length = self.config.random_seed, self.config.sequence_length
