@@ -25,7 +25,8 @@ from benchmarks.peer import transformers_model
 from megatron_ext.engine import BatchConfig, Engine, EngineConfig
 from megatron_ext.mesh import ParallelConfig, build_grid
 from megatron_ext.models import ModelConfig, preset, preset_names
-from megatron_ext.optim import PrecisionConfig, TrainableConfig
+from megatron_ext.optim import PrecisionConfig, ShardedOptimizer, TrainableConfig
+from megatron_ext.optim.algorithm import STEP
 from megatron_ext.zero import ZeroConfig
 
 _NEW_SHARE = 0.36  # of the rows: 17,953 of 49,953, as in Chinese-LLaMA
@@ -69,27 +70,25 @@ def ours(model: ModelConfig, batch: BatchConfig, trainable: TrainableConfig, dev
     precision = PrecisionConfig(bf16=device.type == "cuda")
     config = EngineConfig(model, batch, trainable=trainable, precision=precision, zero=ZeroConfig(zero_stage=0))
     engine = Engine(config, build_grid(ParallelConfig(), device))
+    optimizer = engine.optimizer
+    assert isinstance(optimizer, ShardedOptimizer)
     ids = tokens(model, batch, device)
     data = {"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
     contender = Contender(
         step=lambda: engine.train_step(data, lr=1e-4),
         weights=[_local(p) for p in engine.parameters.values()],
-        trained=list(engine.optimizer.params.values()),
-        moments=lambda: (_local(m) for name in engine.optimizer.params for m in _held(engine, name)),
+        trained=list(optimizer.params.values()),
+        moments=lambda: (v for s in optimizer.local_states.values() for kind, v in s.items() if kind != STEP),
         flops_per_token=config.flops_per_token(causal=False),
     )
-    update = engine.optimizer.update
+    update = optimizer.update
 
     def watched(*arguments: Any) -> Any:
         contender.look()
         return update(*arguments)
 
-    engine.optimizer.update = watched  # type: ignore[method-assign, assignment]
+    optimizer.update = watched  # type: ignore[method-assign, assignment]
     return contender
-
-
-def _held(engine: Engine, name: str) -> Iterable[torch.Tensor]:
-    return engine.optimizer._moments[name].values()
 
 
 def peer(model: ModelConfig, batch: BatchConfig, trainable: TrainableConfig, device: torch.device) -> Contender:

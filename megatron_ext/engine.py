@@ -9,8 +9,7 @@ unless the update is on the host (--offload-optimizer) or DeepSpeed's.
 
 import dataclasses
 import functools
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -23,12 +22,12 @@ from megatron_ext.mesh import ParallelConfig, ProcessGrid
 from megatron_ext.models import AttentionInputs, Decoder, ModelConfig, initialize_weights, parameter_shapes
 from megatron_ext.models.count import flops_per_token
 from megatron_ext.models.names import is_adapter
-from megatron_ext.optim import LossScaler, Optimizer, OptimizerConfig, PrecisionConfig, States, TrainableConfig
+from megatron_ext.optim import LossScaler, OptimizerConfig, PrecisionConfig, ShardedOptimizer, States, TrainableConfig
 from megatron_ext.optim.trainable import select, trained_in_products
 from megatron_ext.option import option, refuse_unused
-from megatron_ext.pipeline import SCHEDULES, Pipeline, PipelineConfig, TiedEmbedding, plan_stages
+from megatron_ext.pipeline import Pipeline, PipelineConfig, StageLayout, TiedEmbedding, copies_of_tied, plan_stages
 from megatron_ext.tensor_parallel import LoraConfig, TensorParallel, add_adapters, distribute_parameters
-from megatron_ext.zero import DataParallel, ZeroConfig
+from megatron_ext.zero import DataParallel, DataParallelStage, DeepSpeedSettings, Optimizer, ZeroConfig
 
 Batch = dict[str, torch.Tensor]
 
@@ -96,11 +95,11 @@ class EngineConfig:
         load_kernels(self.kernels)
         pp = self.parallel.pipeline_model_parallel_size
         layout = plan_stages(self.pipeline, self.model, pp, batch.microbatches(dp))
-        if tp > 1 and layout.schedule in SCHEDULES and SCHEDULES[layout.schedule].splits_backward:
+        if tp > 1 and layout.order.splits_backward:
             require_split_backward(layout.schedule)
         resolved = dataclasses.replace(self, batch=batch)
         if self.zero.zero_engine == "deepspeed":
-            resolved._validate_deepspeed(dp, layout.schedule)
+            resolved._validate_deepspeed(dp, layout)
         else:
             self.zero.validate_torch(self.model, tp, self.parallel.zero_shard_size or dp)
         return resolved
@@ -117,7 +116,7 @@ class EngineConfig:
                 )
         self.trainable.validate(self.model.vocab_size, self.model.tied, parameter_shapes(self.model, self.adapters))
 
-    def _validate_deepspeed(self, dp: int, schedule: str) -> None:
+    def _validate_deepspeed(self, dp: int, layout: StageLayout) -> None:
         from megatron_ext.zero.deepspeed.check import check_installed, check_run, check_zero
 
         check_installed()
@@ -125,14 +124,16 @@ class EngineConfig:
         refuse_unused(self.parallel, ("zero_shard_size",), "--zero-engine torch")
         check_run(
             pp=pp,
-            schedule=schedule,
+            schedule=layout.schedule,
+            one_stage=layout.order.one_stage,
             tied=self.model.tied,
             train_only=self.trainable.train_only,
             compute=self.precision.compute,
+            optimizer=self.optimizer.optimizer,
         )
         check_zero(self.zero, self.deepspeed_settings(dp), tp=tp, pp=pp, dp=dp)
 
-    def deepspeed_settings(self, dp: int) -> dict[str, Any]:
+    def deepspeed_settings(self, dp: int) -> DeepSpeedSettings:
         """What DeepSpeed gets of this configuration (validated) at this data-parallel size."""
         from megatron_ext.zero.deepspeed.settings import deepspeed_settings
 
@@ -186,17 +187,18 @@ class Engine:
         self.layout = plan_stages(config.pipeline, config.model, grid.size("pp"), n_microbatches)
         tp = TensorParallel.from_grid(grid, config.parallel.sequence_parallel)
         inputs = AttentionInputs(config.model, tp, config.precision.compute)
-        self.stages = {i: self._build_stage(i, tp, inputs) for i in self.layout.on_rank(grid.rank("pp"))}
-        self.tied = TiedEmbedding([stage.decoder for stage in self.stages.values()], grid)
+        decoders = {i: self._build_decoder(i, tp, inputs) for i in self.layout.on_rank(grid.rank("pp"))}
+        self.stages, self.optimizer = self._with_optimizer(decoders)
+        self.parameters = _named_parameters(decoders.values())
+        self.tied = TiedEmbedding(list(decoders.values()), grid)
         self.pipeline = Pipeline(
             self.layout, self.stages, grid, n_microbatches, config.batch.micro_batch_size, config.batch.seq_length
         )
-        self.parameters = self._named_parameters()
-        self.optimizer = self._build_optimizer()
         self.loss_scaler = LossScaler(config.precision, grid.device)
 
-    def _build_stage(self, index: int, tp: TensorParallel, inputs: AttentionInputs) -> Any:
-        config, grid = self.config, self.grid
+    def _build_decoder(self, index: int, tp: TensorParallel, inputs: AttentionInputs) -> Decoder:
+        """A stage's decoder on the meta device, cut over tp."""
+        config = self.config
         with torch.device("meta"):
             decoder = Decoder(
                 config.model,
@@ -210,42 +212,37 @@ class Engine:
             if config.adapters is not None:
                 add_adapters(decoder, config.adapters)
         config.trainable.freeze(decoder, config.model.tied)
-        distribute_parameters(decoder, grid.mesh["tp"])
-        if config.zero.zero_engine == "deepspeed":
-            from megatron_ext.zero.deepspeed import DeepSpeedStage
+        distribute_parameters(decoder, self.grid.mesh["tp"])
+        return decoder
 
+    def _with_optimizer(self, decoders: dict[int, Decoder]) -> tuple[Mapping[int, DataParallelStage], Optimizer]:
+        """The decoders sharded as ZeRO says and with their initial weights, and what updates them."""
+        config, grid = self.config, self.grid
+        if config.zero.zero_engine == "deepspeed":
+            from megatron_ext.zero.deepspeed import DeepSpeedOptimizer, DeepSpeedStage
+
+            ((index, decoder),) = decoders.items()
             settings = config.deepspeed_settings(grid.dp_size)
-            return DeepSpeedStage(decoder, grid, settings, config.optimizer, config.zero.nvme_path)
-        stage = DataParallel(decoder, grid, config.zero)
-        decoder.to_empty(device=stage.device)
-        initialize_weights(decoder, config.model, config.seed, grid.device)
-        return stage
-
-    def _build_optimizer(self) -> Any:
-        config = self.config
-        if config.zero.zero_engine == "deepspeed":
-            from megatron_ext.zero.deepspeed import DeepSpeedOptimizer
-
-            (stage,) = self.stages.values()
-            return DeepSpeedOptimizer(stage, config.model, config.seed)
-        copies, first_row = self.copies(), config.trainable.first_row
-        return Optimizer(config.optimizer, self.parameters, self.grid, uncounted=copies, first_row=first_row)
-
-    def _named_parameters(self) -> dict[str, nn.Parameter]:
-        """This rank's parameters under their global names. The head that copies a tied embedding keeps its own."""
-        return {name: p for stage in self.stages.values() for name, p in stage.decoder.named_parameters()}
+            only = DeepSpeedStage(decoder, grid, settings, config.optimizer, config.zero.nvme_path)
+            return {index: only}, DeepSpeedOptimizer(only, config.model, config.seed)
+        stages = {index: DataParallel(decoder, grid, config.zero) for index, decoder in decoders.items()}
+        for stage in stages.values():
+            stage.decoder.to_empty(device=stage.device)
+            initialize_weights(stage.decoder, config.model, config.seed, grid.device)
+        named, copies = _named_parameters(decoders.values()), copies_of_tied(decoders.values())
+        return stages, ShardedOptimizer(config.optimizer, named, grid, copies, config.trainable.first_row)
 
     def copies(self) -> frozenset[str]:
         """Names of parameters that are copies of one on another stage (the tied head)."""
-        return frozenset(name for name, p in self.parameters.items() if p is self.tied.copy)
+        return copies_of_tied(stage.decoder for stage in self.stages.values())
 
-    def states(self, empty: bool = False) -> States:
+    def state_dict(self, empty: bool = False) -> States:
         """What a checkpoint holds of this rank; `empty`: the values do not matter, they will be written over."""
-        return self.optimizer.states(empty)
+        return self.optimizer.state_dict(empty)
 
-    def take(self, states: States) -> None:
-        """Go on from these states, which `states` gave and a checkpoint filled."""
-        self.optimizer.take(states)
+    def load_state_dict(self, states: States) -> None:
+        """Go on from these states, which `state_dict` gave and a checkpoint filled."""
+        self.optimizer.load_state_dict(states)
 
     def model_states(self) -> ModelStates:
         """Bytes that this rank holds: weights and optimizer states now, gradients as the last update found them that
@@ -279,3 +276,8 @@ class Engine:
         dist.all_reduce(sums)
         loss, tokens = sums
         return torch.where(tokens == 0, torch.nan, torch.nan_to_num(loss / tokens, torch.inf, torch.inf))
+
+
+def _named_parameters(decoders: Iterable[Decoder]) -> dict[str, nn.Parameter]:
+    """Parameters under their global names. The head that copies a tied embedding keeps its own."""
+    return {name: p for decoder in decoders for name, p in decoder.named_parameters()}

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FakeProcessGroup
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+from megatron_ext.torch_private import fake_process_group, forget_placements
 
 
 def init_fake_world(rank: int, world_size: int) -> torch.device:
@@ -29,8 +29,8 @@ def init_fake_world(rank: int, world_size: int) -> torch.device:
 def destroy_fake_world() -> None:
     del torch.meta  # type: ignore[attr-defined]
     dist.destroy_process_group()
-    _clear_sharding_prop_cache()  # a mesh equals that of another rank, and DTensor would give it to the next one
+    forget_placements()  # a mesh equals that of another rank, and DTensor would give it to the next one
 
 
 def _no_messages(options: Any, _: Any) -> Any:
-    return FakeProcessGroup._create_internal(options.group_rank, options.group_size, None)  # type: ignore[call-arg]
+    return fake_process_group(options.group_rank, options.group_size)

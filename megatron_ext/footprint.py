@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch.distributed.tensor import DTensor
 
+from megatron_ext.torch_private import storage_id
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelStates:
@@ -49,14 +51,14 @@ class Footprint:
 PAPER = Footprint(ModelStates(weights=2, gradients=2, optimizer=4 + 4 + 4), ModelStates(3, 2, 1))
 
 
-def one_copy(stored: torch.dtype) -> Footprint:
-    """Ours: weights, gradients and both of Adam's moments in one dtype.
+def one_copy(stored: torch.dtype, states: int = 2) -> Footprint:
+    """Ours: weights, gradients and the optimizer's states in one dtype. states: to a parameter; AdamW keeps two.
 
     The stored weights are the master weights, so they are sharded wherever optimizer states are; gradients count as
     the update finds them, reduced to shards. Stages 1 and 2 have whole weights too, but only inside a step.
     """
     size = stored.itemsize
-    return Footprint(ModelStates(size, size, 2 * size), sharded_from=ModelStates(1, 1, 1))
+    return Footprint(ModelStates(size, size, states * size), sharded_from=ModelStates(1, 1, 1))
 
 
 def deepspeed(compute: torch.dtype, stage: int, offload: bool) -> Footprint:
@@ -81,4 +83,4 @@ def deepspeed(compute: torch.dtype, stage: int, offload: bool) -> Footprint:
 def held(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind the local parts of `tensors`; one that several are views of counts once."""
     storages = [(t.to_local() if isinstance(t, DTensor) else t).untyped_storage() for t in tensors]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())  # not by address: meta has none
+    return sum({storage_id(storage): storage.nbytes() for storage in storages}.values())

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from tqdm import tqdm
 
 from megatron_ext.engine import Engine, EngineConfig
@@ -24,6 +23,7 @@ from megatron_ext.models.names import EMBEDDING
 from megatron_ext.pipeline import StageLayout
 from megatron_ext.planner.memory import RankMemory, pipeline_memory
 from megatron_ext.planner.states import layout_of, pp_rank_elements, rank_states
+from megatron_ext.torch_private import compute_local_shape_and_global_offset
 from megatron_ext.zero import ZeroConfig
 from pretrain.config import RunConfig
 from pretrain.describe import describe

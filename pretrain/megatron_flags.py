@@ -37,7 +37,6 @@ ADVICE = {
     "no-masked-softmax-fusion": "drop it, attention is one fused kernel",
     "attention-dropout": "drop it, pretraining here has no dropout",
     "hidden-dropout": "drop it, pretraining here has no dropout",
-    "optimizer": "drop it, the optimizer is AdamW",
     "train-samples": "use --train-iters",
     "lr-decay-samples": "use --lr-decay-iters",
     "lr-warmup-samples": "use --lr-warmup-iters",

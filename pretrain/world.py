@@ -13,13 +13,14 @@ import time
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import init_distributed
+from megatron_ext.torch_private import default_store
 from tokenizer.errors import TokenizerError
 
 _CLAIM, _REPORT = "failure/claim", "failure/report"  # keys: the rank that failed first; what it reports, once it has
@@ -54,8 +55,7 @@ class _Lookout:
     def __init__(self) -> None:
         self._rank = str(dist.get_rank())
         # over a connection of its own: one that waits for a key serves nobody else
-        store: Any = dist.distributed_c10d._get_default_store()
-        self._store: dist.Store = store.clone()
+        self._store: dist.Store = default_store().clone()
         self._store.set_timeout(timedelta(seconds=_GRACE_SECONDS))
         # without torchrun the first rank's process keeps the store
         self._keeps_store = self._rank == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

@@ -4,8 +4,8 @@
     DIR of Hugging Face          config.json and weights: every file is whole, names and shapes are the configuration's
 
 A native checkpoint is whole if every file is there with its full size and the digest that its writer computed, and
-every weight that the model asks for is stored in full, with both moments of Adam where it is trained. No value of
-either, nor of a Hugging Face model's weights, may be NaN or infinite.
+every weight that the model asks for is stored in full, with all that its optimizer keeps where it is trained. No value
+of either, nor of a Hugging Face model's weights, may be NaN or infinite.
 Exit codes: 0 whole, 1 damaged or incomplete, 2 the request is wrong.
 """
 
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from megatron_ext.checkpoint import has_checkpoints, locate_checkpoint, model_of
@@ -29,6 +30,8 @@ from megatron_ext.checkpoint.verify import find_problems
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, parameter_shapes, preset, preset_names
 from megatron_ext.models.names import is_adapter
+from megatron_ext.optim.algorithm import stored_states
+from megatron_ext.optim.algorithms import ALGORITHMS
 from megatron_ext.tensor_parallel import LoraConfig
 from tokenizer.errors import TokenizerError
 from tokenizer.formats.record import stored_record
@@ -170,8 +173,7 @@ def _describe_native(report: Report, checkpoint: Path, manifest: Manifest) -> No
         _describe_model(report, *model_of(manifest))
     with contextlib.suppress(RequestError):  # the same
         _describe_dtypes(report, WeightReader(checkpoint))
-    optimizer = "AdamW, both moments" if manifest.has_optimizer else "none: weights alone"
-    report.add("optimizer", optimizer, has_optimizer=manifest.has_optimizer)
+    report.add("optimizer", _optimizer_of(manifest), has_optimizer=manifest.has_optimizer)
     report.facts |= {"trainable": manifest.trainable, "lora": manifest.lora}
     if manifest.trainable is not None:
         chosen = {name: value for name, value in manifest.trainable.items() if value not in (None, False)}
@@ -186,6 +188,15 @@ def _describe_native(report: Report, checkpoint: Path, manifest: Manifest) -> No
     report.add_files(checkpoint, manifest.files)
     for name, digest in manifest.sha256.items():
         report.facts["files"].setdefault(name, {})["sha256"] = digest
+
+
+def _optimizer_of(manifest: Manifest) -> str:
+    if not manifest.has_optimizer:
+        return "none: weights alone"
+    if manifest.optimizer not in ALGORITHMS:  # one of the problems
+        return manifest.optimizer
+    algorithm = ALGORITHMS[manifest.optimizer]
+    return f"{algorithm.title} ({', '.join(stored_states(algorithm, torch.Size(), torch.float32))})"
 
 
 def _verify_hugging_face(folder: Path, values: bool, digests: bool) -> Report:

@@ -22,7 +22,8 @@ from megatron_ext.mesh import ParallelConfig, ProcessGrid, build_grid
 from megatron_ext.models import ModelConfig, initialize_parameter, preset
 from megatron_ext.models.count import parameters_per_layer
 from megatron_ext.models.decoder import whole_model
-from megatron_ext.optim import PrecisionConfig, decays, squared_norms
+from megatron_ext.optim import PrecisionConfig, by_weight_decay, squared_norms
+from megatron_ext.optim.adamw import torch_adamw
 from megatron_ext.tensor_parallel import distribute_parameters, localize_parameters
 from megatron_ext.zero import ZeroConfig
 from megatron_ext.zero.deepspeed.check import check_installed
@@ -79,15 +80,10 @@ def ddp(task: Task) -> Contender:
         assert isinstance(where, DTensor)
         initialize_parameter(name, where, params[name].detach(), config.model, config.seed, task.grid.device)
     model = DistributedDataParallel(decoder, gradient_as_bucket_view=True)
-    decayed = [param for name, param in params.items() if decays(name, param)]
-    others = [param for name, param in params.items() if not decays(name, param)]
-    adam = config.optimizer
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": adam.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=_LR,
-        betas=(adam.adam_beta1, adam.adam_beta2),
-        eps=adam.adam_eps,
-        fused=True,
+    groups = by_weight_decay(params, config.optimizer.weight_decay)
+    optimizer = torch_adamw(
+        dataclasses.replace(config.optimizer, lr=_LR),
+        ((decay, [params[name] for name in names]) for decay, names in groups),
     )
     gradients = 0
 
@@ -102,7 +98,7 @@ def ddp(task: Task) -> Contender:
             losses.append(loss.detach() / labels.numel())
         squares = squared_norms([param.grad for param in params.values() if param.grad is not None])
         norm = squares.sum().sqrt().float()
-        torch.nn.utils.clip_grads_with_norm_(params.values(), adam.clip_grad, norm)
+        torch.nn.utils.clip_grads_with_norm_(params.values(), config.optimizer.clip_grad, norm)
         gradients = held(param.grad for param in params.values() if param.grad is not None)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # or the next ones would lie beside the buckets

@@ -5,7 +5,7 @@ DIR/.lock                     who is writing here, while somebody is
 DIR/iter_0000100/             complete: it appears under this name by one rename, after fsync
     manifest.json             what it is, and the size of every file
     run.yaml                  the resolved configuration of the run that wrote it
-    .metadata, *.distcp       weights, Adam moments, step count, loss scale, random states
+    .metadata, *.distcp       weights, optimizer states, step count, loss scale, random states
 """
 
 from megatron_ext.checkpoint.compatible import check_compatible, check_trained, differences

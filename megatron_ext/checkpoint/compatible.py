@@ -85,9 +85,15 @@ def check_trained(
     manifest: Manifest, config: EngineConfig, checkpoint: Path, weights_only: bool, flag: str = "--load"
 ) -> None:
     """Raise RequestError where the checkpoint lacks what the run needs, or has what the run would lose."""
+    continues = manifest.has_optimizer and not weights_only
+    if continues and manifest.optimizer != config.optimizer.optimizer:
+        raise RequestError(
+            f"{flag} {checkpoint}: its optimizer is {manifest.optimizer}, the run asks for --optimizer "
+            f"{config.optimizer.optimizer}: keep it, or start from the weights alone with --finetune"
+        )
     trainable = dataclasses.asdict(TrainableConfig()) | _plain(manifest.trainable or {})
     wanted = _plain(dataclasses.asdict(config.trainable))
-    if manifest.has_optimizer and not weights_only and trainable != wanted:
+    if continues and trainable != wanted:
         name = next(name for name in wanted if trainable[name] != wanted[name])
         raise RequestError(
             f"{flag} {checkpoint}: it was trained with {name} {trainable[name]}, the run asks for {wanted[name]} "

@@ -31,8 +31,9 @@ class Manifest:
     where they are not known. lora: of its adapters' LoraConfig, None where there are none. hugging_face: contents of
     config.json and generation_config.json, by file name, of the Hugging Face model that the weights came from, for the
     way back. tokenizer: plain fields that say on which tokenizer's ids the model was trained; None where nobody knows.
-    data: which samples were trained on, in which order, and how far; None where it is not known. files: size in bytes
-    of every other file in it. sha256: hex digest of each of `files`; empty in checkpoints of older versions.
+    data: which samples were trained on, in which order, and how far; None where it is not known. optimizer: the
+    algorithm, as --optimizer names it (older versions do not say, and had this one). files: size in bytes of every
+    other file in it. sha256: hex digest of each of `files`; empty in checkpoints of older versions.
     """
 
     iteration: int
@@ -47,6 +48,7 @@ class Manifest:
     hugging_face: dict[str, Any] | None = None
     tokenizer: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
+    optimizer: str = "adam"
     files: dict[str, int] = dataclasses.field(default_factory=dict)
     sha256: dict[str, str] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -244,6 +246,8 @@ def _check_tables(manifest: Manifest) -> None:
     for name, table in tables.items():
         if not isinstance(table, dict) and not (table is None and name in others):
             raise TypeError(f"its {name} is no table")
+    if not isinstance(manifest.optimizer, str):
+        raise TypeError("its optimizer is no name")
     for name in ("iteration", "consumed_samples", "consumed_tokens"):
         if type(getattr(manifest, name)) is not int or getattr(manifest, name) < 0:
             raise TypeError(f"its {name} is no whole number of at least 0")

@@ -9,7 +9,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megatron_ext.checkpoint.compatible import check_compatible, check_trained
 from megatron_ext.checkpoint.directory import Manifest, read_manifest
@@ -34,6 +33,7 @@ from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models.expand import Expansion
 from megatron_ext.models.names import is_adapter
 from megatron_ext.optim import PrecisionConfig, States
+from megatron_ext.torch_private import compute_local_shape_and_global_offset
 
 _VOCABULARY_KEYS = {MODEL + name for name in VOCABULARY_MATRICES}
 
@@ -65,7 +65,7 @@ def load_checkpoint(
     check_compatible(manifest, engine.config.model, checkpoint, expansion, overridden, flag)
     check_trained(manifest, engine.config, checkpoint, weights_only, flag)
     with_optimizer = manifest.has_optimizer and not weights_only
-    states = engine.states(empty=True)
+    states = engine.state_dict(empty=True)
     if not with_optimizer:
         states = States(states.weights, {})
     state = model_state(engine, states, for_saving=False)
@@ -88,7 +88,7 @@ def load_checkpoint(
         reason = str(error).strip().splitlines()[-1]
         raise RequestError(f"{flag} {checkpoint}: cannot be read ({reason})") from error
     fill_copies(engine, states)
-    engine.take(states)
+    engine.load_state_dict(states)
     if with_optimizer:
         take_counters(engine, state, _precision(manifest, engine.config.precision, float(state[LOSS_SCALER][0])))
     if with_optimizer and same_generators:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_ext.errors import RequestError
+from megatron_ext.torch_private import StorageInfo
 
 METADATA = ".metadata"
 
@@ -127,7 +127,7 @@ def _metadata(content: Any) -> Metadata:
         offset = None if place.get("offset") is None else _size(place["offset"])
         if where.get("transform_descriptors"):
             raise pickle.UnpicklingError(f"{place['fqn']} is stored through {where['transform_descriptors']}")
-        storage[MetadataIndex(_of(place["fqn"], str), offset)] = _StorageInfo(
+        storage[MetadataIndex(_of(place["fqn"], str), offset)] = StorageInfo(
             _of(where["relative_path"], str), _count(where["offset"]), _count(where["length"])
         )
     return Metadata(entries, storage_data=storage, storage_meta=StorageMeta(), version=fields.get("version"))

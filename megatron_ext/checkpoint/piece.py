@@ -9,14 +9,15 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_ext.errors import RequestError
+from megatron_ext.torch_private import offset_in_file
 
 
 def values_offset(described: torch.Tensor) -> int | None:
     """Where in its file the values of a tensor begin, in bytes, that torch.load put on the device "meta".
 
-    None: there are none. (Read as torch's GPUDirect Storage tutorial does.)
+    None: there are none.
     """
-    start = described.untyped_storage()._checkpoint_offset
+    start = offset_in_file(described.untyped_storage())
     return None if start is None else start + int(described.storage_offset()) * described.itemsize
 
 

@@ -47,7 +47,7 @@ class CheckpointWriter:
         self.wait()
         partial = partial_path(self.root, manifest.iteration)
         self._agree(self._prepare(partial, texts) if self._is_first else "")
-        states = self.engine.states()
+        states = self.engine.state_dict()
         state = model_state(self.engine, states, for_saving=True)
         state |= optimizer_state(self.engine, states, for_saving=True)
         state[random_key()] = random_state(self.engine)

@@ -1,8 +1,7 @@
 """The tensors of an engine under their checkpoint keys; loading writes into them in place.
 
 model.NAME                      the weight
-optimizer.exp_avg.NAME          Adam's moments, placed as the weight is
-optimizer.exp_avg_sq.NAME
+optimizer.STATE.NAME            what the algorithm declares to keep of the weight (AdamW: both moments), placed as it
 optimizer.steps                 optimizer steps taken
 loss_scaler                     scale, good steps, tolerance
 random.RANK                     generator states of one rank; meaningful at the layout that wrote them
@@ -19,6 +18,11 @@ State = dict[str, torch.Tensor]
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 STEPS, LOSS_SCALER = "optimizer.steps", "loss_scaler"
+
+
+def optimizer_key(kind: str, name: str) -> str:
+    """The key of a state of the parameter `name`."""
+    return f"{OPTIMIZER}{kind}.{name}"
 
 
 def checkpoint_name_of(engine: Engine, name: str) -> str:
@@ -42,21 +46,21 @@ def model_state(engine: Engine, states: States, for_saving: bool) -> State:
 
 def optimizer_state(engine: Engine, states: States, for_saving: bool) -> State:
     state: State = {STEPS: engine.optimizer.step_count.clone(), LOSS_SCALER: engine.loss_scaler.state.clone()}
-    for name, moments in states.moments.items():
+    for name, kept in states.optimizer.items():
         if name in _left_out(engine, for_saving):
             continue
-        for moment, value in moments.items():
-            state[f"{OPTIMIZER}{moment}.{checkpoint_name_of(engine, name)}"] = value
+        for kind, value in kept.items():
+            state[optimizer_key(kind, checkpoint_name_of(engine, name))] = value
     return state
 
 
 @torch.no_grad()
 def fill_copies(engine: Engine, states: States) -> None:
-    """Tied weights whose source is on this rank too (V-shaped schedules) take the source's values, moments included."""
+    """Give tied weights whose source is on this rank too (V-shaped schedules) its values, and its optimizer states."""
     for name in _left_out(engine, for_saving=False):
         states.weights[name].copy_(states.weights[EMBEDDING])
-        for moment, value in states.moments.get(name, {}).items():
-            value.copy_(states.moments[EMBEDDING][moment])
+        for kind, value in states.optimizer.get(name, {}).items():
+            value.copy_(states.optimizer[EMBEDDING][kind])
 
 
 def take_counters(engine: Engine, state: State, written: PrecisionConfig) -> None:

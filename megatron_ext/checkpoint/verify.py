@@ -13,11 +13,11 @@ from megatron_ext.checkpoint.finite import count_not_finite, not_finite
 from megatron_ext.checkpoint.metadata import METADATA, objects_of, read_metadata
 from megatron_ext.checkpoint.model import model_of
 from megatron_ext.checkpoint.read import Place, WeightReader
-from megatron_ext.checkpoint.state import LOSS_SCALER, MODEL, OPTIMIZER, STEPS, random_key
+from megatron_ext.checkpoint.state import LOSS_SCALER, MODEL, OPTIMIZER, STEPS, optimizer_key, random_key
 from megatron_ext.errors import RequestError
 from megatron_ext.models import parameter_shapes
-from megatron_ext.optim import TrainableConfig
-from megatron_ext.optim.optimizer import MOMENTS
+from megatron_ext.optim import TrainableConfig, algorithm_named
+from megatron_ext.optim.algorithm import stored_states
 
 Problem = tuple[str, str]  # a file of the checkpoint or a tensor in it, and what is wrong with it
 Shapes = dict[str, tuple[int, ...] | None]
@@ -59,15 +59,19 @@ def find_problems(
 def asked_tensors(manifest: Manifest) -> Shapes:
     """Key -> shape of every tensor that a checkpoint with this manifest must have; None: any.
 
-    All weights; with optimizer state also both moments of whatever is trained, and the random state of every rank that
-    wrote, whose length depends on its device. Raises as `model_of`, and TypeError where the manifest describes no run.
+    All weights; with optimizer state also what the algorithm declares of whatever is trained, and the random state of
+    every rank that wrote, whose length depends on its device. Raises as `model_of` and `algorithm_named`, and TypeError
+    where the manifest describes no run.
     """
     shapes = parameter_shapes(*model_of(manifest))
     asked: Shapes = {MODEL + name: tuple(shape) for name, shape in shapes.items()}
     if manifest.has_optimizer:
         trainable = TrainableConfig(**(manifest.trainable or {}))
         trained = [name for name in shapes if trainable.trains(name)]
-        asked |= {f"{OPTIMIZER}{moment}.{name}": tuple(shapes[name]) for name in trained for moment in MOMENTS}
+        algorithm = algorithm_named(manifest.optimizer)
+        for name in trained:
+            kept = stored_states(algorithm, shapes[name], torch.float32)
+            asked |= {optimizer_key(kind, name): tuple(spec.shape) for kind, spec in kept.items()}
         ranks = range(manifest.layout.get("world_size", 0))
         asked |= {STEPS: (), LOSS_SCALER: None} | {random_key(rank): None for rank in ranks}
     return asked
@@ -123,8 +127,8 @@ def _is_stored(key: str, entry: TensorStorageMetadata, storage: Any, sizes: dict
 
 
 def _value_problems(checkpoint: Path, advance: Callable[[int], object]) -> Iterator[Problem]:
-    """Weights and moments with values that are not finite, or that cannot be read."""
-    stored = WeightReader(checkpoint, _weights_and_moments)
+    """Weights and optimizer states with values that are not finite, or that cannot be read."""
+    stored = WeightReader(checkpoint, _weights_and_states)
     for key, dtype in stored.dtypes.items():
         if not dtype.is_floating_point:
             continue
@@ -135,7 +139,7 @@ def _value_problems(checkpoint: Path, advance: Callable[[int], object]) -> Itera
             yield key, f"cannot be read: {error}"
 
 
-def _weights_and_moments(sizes: dict[str, torch.Size]) -> dict[str, Place]:
+def _weights_and_states(sizes: dict[str, torch.Size]) -> dict[str, Place]:
     return {key: Place(key) for key, size in sizes.items() if key.startswith((MODEL, OPTIMIZER)) and len(size) > 0}
 
 

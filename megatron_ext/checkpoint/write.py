@@ -10,7 +10,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -20,6 +19,7 @@ from megatron_ext.checkpoint.digest import HashingWriter
 from megatron_ext.checkpoint.read import Place, Weights
 from megatron_ext.checkpoint.state import MODEL
 from megatron_ext.errors import RequestError
+from megatron_ext.torch_private import StorageInfo
 
 # Every weight is stored in pieces of whole rows, none larger than this: what is held while writing, and later by a
 # reader of a few rows, stays small. Above 32 MiB glibc returns memory to the system as soon as it is freed: mallopt(3).
@@ -109,7 +109,7 @@ class _PieceWriter(HashingWriter):
                     tensor = tensor.clone(memory_format=torch.contiguous_format)  # a view would bring all it views
                 torch.save(tensor, file)
                 length = file.tell() - offset
-                results.append(WriteResult(item.index, length, _StorageInfo(_FILE, offset, length)))
+                results.append(WriteResult(item.index, length, StorageInfo(_FILE, offset, length)))
         future: Future[list[WriteResult]] = Future()
         future.set_result([self.hashed(result) for result in results])
         return future

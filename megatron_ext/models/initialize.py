@@ -11,10 +11,10 @@ import math
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megatron_ext.models.config import ModelConfig
 from megatron_ext.models.names import EMBEDDING, HEAD
+from megatron_ext.torch_private import compute_local_shape_and_global_offset
 
 _ROWS_PER_BLOCK = 1024
 

@@ -16,6 +16,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+    optimizer: str = option("adam", "the algorithm: adam is AdamW", choices=("adam",))
     lr: float = option(3e-4, "peak learning rate")
     min_lr: float = option(0.0, "learning rate at the end of the decay")
     lr_decay_style: str = option("cosine", "how the rate falls after warm-up", choices=DECAY_STYLES)

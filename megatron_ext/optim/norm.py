@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_ext.torch_private import foreach_norm
+
 _BLOCK = 4096
 
 
@@ -15,7 +17,7 @@ def squared_norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     fused kernel adds in trees, over 65,536 elements and then over these, and one launch takes many tensors.
     """
     if tensors[0].is_cuda:
-        return torch.stack(torch._foreach_norm(list(tensors))).double().square()
+        return torch.stack(foreach_norm(list(tensors))).double().square()
     return torch.stack([_by_blocks(tensor.reshape(-1)) for tensor in tensors])
 
 

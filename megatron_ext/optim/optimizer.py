@@ -1,4 +1,4 @@
-"""AdamW on this rank's shards, with clipping by the norm of the whole model's gradient."""
+"""An optimizer step on this rank's shards, with clipping by the norm of the whole model's gradient."""
 
 import math
 from collections.abc import Callable
@@ -7,26 +7,29 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megatron_ext.footprint import ModelStates, held
 from megatron_ext.mesh import ProcessGrid
+from megatron_ext.optim.algorithm import STEP, new_state
+from megatron_ext.optim.algorithms import algorithm_named
 from megatron_ext.optim.config import OptimizerConfig
+from megatron_ext.optim.groups import by_weight_decay
 from megatron_ext.optim.norm import squared_norms
 from megatron_ext.optim.states import States
+from megatron_ext.tensor_parallel import gradient_of
+from megatron_ext.torch_private import compute_local_shape_and_global_offset, foreach_mul_, placed_as
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
-class Optimizer:
-    """Fused AdamW over the local parts of sharded parameters.
+class ShardedOptimizer:
+    """An algorithm over the local parts of sharded parameters; it is a `zero.Optimizer`.
 
     named: this rank's parameters by name (DTensors with storage); `uncounted`: parameters that stand for ones on
     another rank and so do not count in the norm; `first_row(name)`: where the trained rows of a parameter begin. The
-    optimizer works on plain tensors that share the parameters' storage, and knows nothing of rows that are not
+    algorithm works on plain tensors that share the parameters' storage, and knows nothing of rows that are not
     trained: no decay or momentum can touch them. A rank with nothing to train still takes part in the norm.
 
-    Moments are, and the update runs, where the parameters are: on the device, or on the host if ZeRO offloads them.
+    States are, and the update runs, where the parameters are: on the device, or on the host if ZeRO offloads them.
+    local_states: by name of a trained parameter, what the algorithm keeps of the part that is updated here.
     """
 
     def __init__(
@@ -46,48 +49,23 @@ class Optimizer:
         self._counted: list[str] = []
         self._shares = torch.empty(0)
         self._skipped = {name: _rows_before(p, first_row(name)) for name, p in self.params.items()}
-        self._locals = {name: nn.Parameter(self._trained(name, p)) for name, p in self.params.items()}
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for name, p in self.params.items():
-            if self._locals[name].numel():
-                groups[decays(name, p)].append(self._locals[name])
-        self._adam: torch.optim.AdamW | None = None
-        if any(groups.values()):
-            self._adam = torch.optim.AdamW(
-                [
-                    {"params": params, "weight_decay": config.weight_decay if decayed else 0.0}
-                    for decayed, params in groups.items()
-                    if params
-                ],
-                lr=config.lr,
-                betas=(config.adam_beta1, config.adam_beta2),
-                eps=config.adam_eps,
-                fused=True,
-            )
-        self._moments = {
-            name: {moment: torch.zeros_like(local) for moment in MOMENTS} for name, local in self._locals.items()
-        }
+        self._locals = {name: self._trained(name, p) for name, p in self.params.items()}
+        updated = {name: p for name, p in self.params.items() if self._locals[name].numel()}
+        self._groups = by_weight_decay(updated, config.weight_decay)
+        algorithm = algorithm_named(config.optimizer)
+        self._algorithm = algorithm(config)
+        self.local_states = {name: new_state(algorithm, local) for name, local in self._locals.items()}
         self.step_count = torch.zeros((), dtype=torch.float32, device=self._home)
         self._gradient_bytes = 0
-        if self._adam is not None:
-            for name, local in self._locals.items():
-                if local.numel():
-                    self._adam.state[local] = {"step": self.step_count.clone(), **self._moments[name]}
 
     def _trained(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a parameter, or of its gradient or moment, without the rows that are not trained."""
+        """This rank's part of a parameter, or of its gradient or state, without the rows that are not trained."""
         return _local(tensor)[self._skipped[name] :]
 
     def update(
         self, sums: torch.Tensor, lr: float, loss_scale: torch.Tensor | float, measure: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Take an optimizer step with the gradients there are, and sum `sums` over the world in the same message.
-
-        sums: float64 [n], this rank's shares. loss_scale: what the gradients are too large by. measure: note what the
-        gradients take, for `model_states`.
-        Returns the totals, the norm of the whole model's gradient before clipping (float64), and float32 1 if the
-        step was skipped for a gradient that is not finite; all on the device, equal on every rank.
-        """
+        """As `zero.Optimizer.update`; norm and `sums` travel in one message."""
         if measure:
             self._gradient_bytes = held(p.grad for p in self.params.values() if p.grad is not None)
         totals = torch.cat([sums, self._norm_contribution().to(sums.device)[None]])
@@ -104,14 +82,14 @@ class Optimizer:
         counted = [name for name, p in self.params.items() if p.grad is not None and name not in self._uncounted]
         if not counted:
             return torch.zeros((), dtype=torch.float64, device=self._home)
-        squares = squared_norms([self._trained(name, _grad(self.params[name])) for name in counted])
+        squares = squared_norms([self._trained(name, gradient_of(self.params[name])) for name in counted])
         if counted != self._counted:  # copied to the device once, not every step
             shares = [self._share(name) for name in counted]
             self._counted, self._shares = counted, torch.tensor(shares, dtype=torch.float64, device=squares.device)
         return (squares * self._shares).sum()
 
     def _share(self, name: str) -> float:
-        grad = _grad(self.params[name])
+        grad = gradient_of(self.params[name])
         parts = math.prod(
             grad.device_mesh.size(i) for i, placement in enumerate(grad.placements) if not placement.is_replicate()
         )
@@ -131,75 +109,55 @@ class Optimizer:
         factor = factor.to(self._dtype)
         found_inf = (~(norm.isfinite() & factor.isfinite())).to(torch.float32)
         skipped = found_inf.to(self._home)
-        if self._adam is not None:
-            grads = []
-            for name, local in self._locals.items():
-                grad = self.params[name].grad
-                if grad is not None and local.numel():
-                    local.grad = self._trained(name, grad)
-                    grads.append(local.grad)
+        for weight_decay, names in self._groups:
+            names = [name for name in names if self.params[name].grad is not None]
+            grads = [self._trained(name, gradient_of(self.params[name])) for name in names]
             if grads and (self.config.clip_grad > 0 or isinstance(loss_scale, torch.Tensor)):
-                torch._foreach_mul_(grads, factor.to(self._home))
-            for group in self._adam.param_groups:
-                group["lr"] = lr
-            self._adam.found_inf = skipped  # type: ignore[attr-defined]  # the fused kernel skips by itself
-            self._adam.step()
+                foreach_mul_(grads, factor.to(self._home))
+            if grads:
+                locals_, states = [self._locals[name] for name in names], [self.local_states[name] for name in names]
+                self._algorithm.step(locals_, grads, states, lr, weight_decay, skipped)
         self.step_count += 1 - skipped
         self.zero_grad()
         return found_inf
 
     def zero_grad(self) -> None:
-        for name, param in self.params.items():
+        for param in self.params.values():
             param.grad = None
-            self._locals[name].grad = None
 
     def model_states(self) -> ModelStates:
-        """Bytes that this rank holds: weights and optimizer states now, gradients as the last update found them that
-        measured."""
-        states = [] if self._adam is None else [t for state in self._adam.state.values() for t in state.values()]
+        states = [value for _, names in self._groups for name in names for value in self.local_states[name].values()]
         return ModelStates(held(self._named.values()), self._gradient_bytes, held([self.step_count, *states]))
 
-    def states(self, empty: bool = False) -> States:
-        """All weights and moments, in place; see `moments`. They are at hand, so `empty` saves nothing."""
+    def state_dict(self, empty: bool = False) -> States:
+        """All weights and states, in place; see `state`. They are at hand, so `empty` saves nothing."""
         weights: dict[str, torch.Tensor] = {name: param.detach() for name, param in self._named.items()}
-        return States(weights, {name: dict(self.moments(name)) for name in self.params})
+        return States(weights, {name: dict(self.state(name)) for name in self.params})
 
-    def take(self, states: States) -> None:
-        """Take over what was written to `states()`; weights have been written in place."""
-        for name, moments in states.moments.items():
-            self.set_moments(name, moments)
+    @torch.no_grad()
+    def load_state_dict(self, states: States) -> None:
+        """Take over what was written to `state_dict()`; weights have been written in place."""
+        for name, state in states.optimizer.items():
+            for kind, value in state.items():
+                self.local_states[name][kind].copy_(self._trained(name, value))
 
-    def moments(self, name: str) -> dict[str, DTensor]:
-        """exp_avg and exp_avg_sq of a parameter, placed as the parameter is.
+    def state(self, name: str) -> dict[str, DTensor]:
+        """The states of a parameter that a checkpoint holds, placed as the parameter is.
 
         They share the optimizer's storage; where only some rows are trained they are copies, 0 in the others.
         """
-        param = self.params[name]
+        param, skipped = self.params[name], self._skipped[name]
         assert isinstance(param, DTensor)
-        skipped = self._skipped[name]
-        return {
-            moment: placed_as(
-                param, torch.cat([value.new_zeros(skipped, *value.shape[1:]), value]) if skipped else value
-            )
-            for moment, value in self._moments[name].items()
-        }
-
-    @torch.no_grad()
-    def set_moments(self, name: str, moments: dict[str, torch.Tensor]) -> None:
-        """Take over what was loaded into `moments(name)`."""
-        for moment, value in moments.items():
-            self._moments[name][moment].copy_(self._trained(name, value))
+        stored = {kind: value for kind, value in self.local_states[name].items() if kind != STEP}
+        if skipped:
+            stored = {k: torch.cat([v.new_zeros(skipped, *v.shape[1:]), v]) for k, v in stored.items()}
+        return {kind: placed_as(param, value) for kind, value in stored.items()}
 
     def set_step_count(self, steps: torch.Tensor) -> None:
         self.step_count.copy_(steps)
-        if self._adam is not None:
-            for state in self._adam.state.values():
-                state["step"].copy_(steps)
-
-
-def decays(name: str, param: torch.Tensor) -> bool:
-    """Weight decay applies to matrices only, as in Megatron-LM: not to norms, not to biases."""
-    return param.ndim > 1 and not name.endswith("bias")
+        for state in self.local_states.values():
+            if STEP in state:
+                state[STEP].copy_(steps)
 
 
 def _rows_before(param: torch.Tensor, row: int) -> int:
@@ -209,16 +167,6 @@ def _rows_before(param: torch.Tensor, row: int) -> int:
     assert isinstance(param, DTensor)
     shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
     return min(max(row - offset[0], 0), shape[0])
-
-
-def placed_as(param: DTensor, local: torch.Tensor) -> DTensor:
-    """`local` as a DTensor. (DTensor.from_local would copy what is offloaded to the device.)"""
-    return DTensor(local, param._spec, requires_grad=False)  # type: ignore[call-arg]
-
-
-def _grad(param: nn.Parameter) -> DTensor:
-    assert isinstance(param.grad, DTensor)
-    return param.grad
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

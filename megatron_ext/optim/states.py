@@ -7,11 +7,11 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class States:
-    """Weights and Adam's moments of this rank's parameters, by global name: DTensors that say where they lie.
+    """Weights and optimizer states of this rank's parameters, by global name: DTensors that say where they lie.
 
-    moments: by name of a trained parameter, then "exp_avg" and "exp_avg_sq". They may share the engine's storage or
-    be copies: what is written to them counts once the engine has taken them back.
+    optimizer: by name of a trained parameter, then by the name that the algorithm gives a state. They may share the
+    engine's storage or be copies: what is written to them counts once the engine has loaded them.
     """
 
     weights: dict[str, torch.Tensor]
-    moments: dict[str, dict[str, torch.Tensor]]
+    optimizer: dict[str, dict[str, torch.Tensor]]

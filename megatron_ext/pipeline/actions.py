@@ -7,28 +7,11 @@ their order is written out here.
 
 import collections
 import functools
-import types
-from typing import Any, NamedTuple
-
-from torch.distributed.pipelining.schedules import (
-    Schedule1F1B,
-    ScheduleDualPipeV,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleZBVZeroBubble,
-)
+from typing import NamedTuple
 
 from megatron_ext.pipeline.layout import StageLayout
-
-SCHEDULE_CLASSES: dict[str, Any] = {
-    "gpipe": ScheduleGPipe,
-    "1f1b": Schedule1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
-    "zero-bubble": ScheduleInterleavedZeroBubble,
-    "zbv": ScheduleZBVZeroBubble,
-    "dualpipev": ScheduleDualPipeV,
-}
+from megatron_ext.pipeline.schedules import Schedule
+from megatron_ext.torch_private import pipeline_order
 
 
 class Action(NamedTuple):
@@ -49,7 +32,7 @@ def action_lists(layout: StageLayout, n_microbatches: int) -> ActionLists:
 
     `n_microbatches` is one that `plan_stages` accepts for the layout.
     """
-    return _action_lists(layout.schedule, max(layout.rank_of) + 1, len(layout.stages), n_microbatches)
+    return _action_lists(layout.order, max(layout.rank_of) + 1, len(layout.stages), n_microbatches)
 
 
 def forward_lists(layout: StageLayout, n_microbatches: int) -> ActionLists:
@@ -81,11 +64,10 @@ def forward_lists(layout: StageLayout, n_microbatches: int) -> ActionLists:
 
 
 @functools.lru_cache(maxsize=16)  # the longest take some ten megabytes
-def _action_lists(schedule: str, pp: int, num_stages: int, n_microbatches: int) -> ActionLists:
-    if schedule in ("none", "gpipe", "1f1b"):
-        ahead = {"none": [0], "gpipe": [n_microbatches] * pp, "1f1b": list(reversed(range(pp)))}[schedule]
-        return tuple(_one_stage(rank, n_microbatches, ahead[rank]) for rank in range(pp))
-    order = _torchs_order(schedule, pp, num_stages, n_microbatches)
+def _action_lists(schedule: Schedule, pp: int, num_stages: int, n_microbatches: int) -> ActionLists:
+    if schedule.ahead is not None:
+        return tuple(_one_stage(rank, n_microbatches, schedule.ahead(pp, rank, n_microbatches)) for rank in range(pp))
+    order = pipeline_order(schedule.runs, pp, num_stages, n_microbatches)
     return tuple(
         tuple(
             Action(part.computation_type.value, part.stage_index, part.microbatch_index)
@@ -106,17 +88,3 @@ def _one_stage(stage: int, n_microbatches: int, ahead: int) -> tuple[Action, ...
         if i >= ahead:
             actions.append(Action("B", stage, i - ahead))
     return tuple(actions)
-
-
-def _torchs_order(schedule: str, pp: int, num_stages: int, n_microbatches: int) -> dict[int, list[Any]]:
-    """The `pipeline_order` of torch's schedule, built on stages that hold nothing and belong to no process group."""
-
-    # left out: torch's padding, sends and receives, which take most of the time and change no rank's order
-    left_out = {
-        "_add_bubbles_to_actions": lambda self, _: self.pipeline_order,
-        "_prepare_schedule_with_comms": lambda *_: None,
-    }
-    order_only = type("OrderOnly", (SCHEDULE_CLASSES[schedule],), left_out)
-    stage = types.SimpleNamespace(num_stages=num_stages, group_size=pp, group_rank=0, submod=None)
-    order: dict[int, list[Any]] = order_only([stage] * (num_stages // pp), n_microbatches).pipeline_order
-    return order

@@ -6,7 +6,6 @@ back makes them negotiate anew, for which the host waits.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,8 +30,8 @@ def forward_only(
     """
     group, last = grid.mesh["pp"].get_group(), len(layout.stages) - 1
     inputs = {(0, i): batch["tokens"] for i, batch in enumerate(microbatches)}
-    arriving: dict[tuple[int, int], Any] = {}
-    leaving: tuple[Any, torch.Tensor] | None = None
+    arriving: dict[tuple[int, int], dist.Work | None] = {}
+    leaving: tuple[dist.Work | None, torch.Tensor] | None = None
     outputs: dict[int, torch.Tensor] = {}
     for kind, stage, i in forward_lists(layout, len(microbatches))[grid.rank("pp")]:
         if kind == "R":
@@ -40,7 +39,7 @@ def forward_only(
             arriving[stage, i] = dist.irecv(inputs[stage, i], group=group, group_src=layout.rank_of[stage - 1])
         elif kind == "F":
             if (stage, i) in arriving:
-                arriving.pop((stage, i)).wait()
+                _wait(arriving.pop((stage, i)))
             extra = {name: tensor for name, tensor in microbatches[i].items() if name != "tokens"}
             y = modules[stage](inputs.pop((stage, i)), **extra)
             if stage == last:
@@ -49,9 +48,14 @@ def forward_only(
                 inputs[stage + 1, i] = y  # of this rank, or to be sent next
         else:
             if leaving is not None:
-                leaving[0].wait()
+                _wait(leaving[0])
             y = inputs.pop((stage + 1, i)).contiguous()
             leaving = dist.isend(y, group=group, group_dst=layout.rank_of[stage + 1]), y  # kept until it has left
     if leaving is not None:
-        leaving[0].wait()
+        _wait(leaving[0])
     return [outputs[i] for i in sorted(outputs)]
+
+
+def _wait(work: dist.Work | None) -> None:
+    if work is not None:  # it is for ranks of the group
+        work.wait()

@@ -7,31 +7,14 @@ from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, StageSpec
 from megatron_ext.models.count import matmul_parameters_per_layer, parameters_per_layer
 from megatron_ext.option import flag_of, option
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-    """What a schedule asks of the layout: stages per rank (None: the user chooses), how they are placed, and
-    whether it cuts backward passes into an input and a weight half."""
-
-    stages_per_rank: int | None
-    v_shaped: bool = False
-    splits_backward: bool = False
-
-
-SCHEDULES = {
-    "gpipe": _Kind(1),
-    "1f1b": _Kind(1),
-    "interleaved": _Kind(None),
-    "zero-bubble": _Kind(None, splits_backward=True),
-    "zbv": _Kind(2, v_shaped=True, splits_backward=True),
-    "dualpipev": _Kind(2, v_shaped=True, splits_backward=True),
-}
+from megatron_ext.pipeline.schedules import DEFAULT, SCHEDULES, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
-    pipeline_schedule: str | None = option(None, "order of the microbatches (default: 1f1b)", choices=tuple(SCHEDULES))
+    pipeline_schedule: str | None = option(
+        None, f"order of the microbatches (default: {DEFAULT})", choices=tuple(SCHEDULES)
+    )
     num_virtual_stages_per_pipeline_rank: int | None = option(
         None, "model chunks on every rank (interleaved: 2 by default; zero-bubble: 1)"
     )
@@ -48,6 +31,11 @@ class StageLayout:
     stages: tuple[StageSpec, ...]
     rank_of: tuple[int, ...]
 
+    @property
+    def order(self) -> Schedule:
+        """What its schedule is; of a single stage, which has none, 1F1B: forward and backward by turns."""
+        return SCHEDULES.get(self.schedule, SCHEDULES["1f1b"])
+
     def on_rank(self, pp_rank: int) -> list[int]:
         return [i for i, rank in enumerate(self.rank_of) if rank == pp_rank]
 
@@ -59,8 +47,8 @@ def plan_stages(config: PipelineConfig, model: ModelConfig, pp: int, n_microbatc
             if getattr(config, name) is not None:
                 raise RequestError(f"{flag_of(name)} needs --pipeline-model-parallel-size of at least 2")
         return StageLayout("none", (StageSpec(0, model.num_layers, True, True),), (0,))
-    schedule = config.pipeline_schedule or "1f1b"
-    per_rank = _stages_per_rank(schedule, config.num_virtual_stages_per_pipeline_rank)
+    schedule = config.pipeline_schedule or DEFAULT
+    per_rank = stages_per_rank(schedule, config.num_virtual_stages_per_pipeline_rank)
     num_stages = pp * per_rank
     if num_stages > model.num_layers:
         raise RequestError(
@@ -78,7 +66,9 @@ def plan_stages(config: PipelineConfig, model: ModelConfig, pp: int, n_microbatc
             f"--pipeline-layers {_list(counts)} sums to {sum(counts)}, but --num-layers is {model.num_layers} "
             "(and every stage needs at least one)"
         )
-    _check_microbatches(schedule, pp, num_stages, n_microbatches)
+    if wrong := SCHEDULES[schedule].lacks(pp, num_stages, n_microbatches):
+        hint = "raise --global-batch-size or lower --micro-batch-size"
+        raise RequestError(f"--pipeline-schedule {schedule} {wrong}; {hint}")
     firsts = [sum(counts[:i]) for i in range(num_stages)]
     stages = tuple(
         StageSpec(first, first + count, i == 0, i == num_stages - 1)
@@ -91,41 +81,21 @@ def plan_stages(config: PipelineConfig, model: ModelConfig, pp: int, n_microbatc
     return StageLayout(schedule, stages, rank_of)
 
 
-def _stages_per_rank(schedule: str, asked: int | None) -> int:
-    fixed = SCHEDULES[schedule].stages_per_rank
+def stages_per_rank(schedule: str, asked: int | None) -> int:
+    """Stages on every rank. asked: by --num-virtual-stages-per-pipeline-rank. Raises RequestError."""
+    fixed, least = SCHEDULES[schedule].stages_per_rank, SCHEDULES[schedule].least_stages
     if fixed is not None:
         if asked not in (None, fixed):
             raise RequestError(
                 f"--num-virtual-stages-per-pipeline-rank {asked}: --pipeline-schedule {schedule} always has {fixed}"
             )
         return fixed
-    least = 2 if schedule == "interleaved" else 1
     per_rank = least if asked is None else asked
     if per_rank < least:
         raise RequestError(
             f"--num-virtual-stages-per-pipeline-rank {per_rank}: --pipeline-schedule {schedule} needs at least {least}"
         )
     return per_rank
-
-
-def _check_microbatches(schedule: str, pp: int, num_stages: int, n_microbatches: int) -> None:
-    """Every schedule's own condition; torch's message for a broken one appears on one rank only."""
-    hint = "raise --global-batch-size or lower --micro-batch-size"
-    if schedule == "1f1b" and n_microbatches < pp:
-        raise RequestError(
-            f"--pipeline-schedule 1f1b needs at least as many microbatches as stages: {n_microbatches} for {pp}; {hint}"
-        )
-    if schedule in ("interleaved", "zero-bubble"):
-        rounds = max(1, n_microbatches // pp)
-        if n_microbatches < pp or n_microbatches % rounds:
-            raise RequestError(
-                f"--pipeline-schedule {schedule} needs at least PP {pp} microbatches, in equal rounds (a multiple of "
-                f"{pp} always does), not {n_microbatches}; {hint}"
-            )
-    if schedule == "dualpipev" and n_microbatches < num_stages:
-        raise RequestError(
-            f"--pipeline-schedule dualpipev needs at least {num_stages} microbatches, not {n_microbatches}; {hint}"
-        )
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,18 +1,17 @@
 """Running one batch through the stages, in the order of one of torch's schedules."""
 
 import itertools
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 
 from megatron_ext.mesh import ProcessGrid
-from megatron_ext.models import Decoder
-from megatron_ext.pipeline.actions import SCHEDULE_CLASSES
 from megatron_ext.pipeline.forward_only import forward_only
 from megatron_ext.pipeline.layout import StageLayout
 from megatron_ext.pipeline.stage import Stage
-from megatron_ext.zero import DataParallel
+from megatron_ext.torch_private import PipelineSchedule
+from megatron_ext.zero import DataParallelStage
 
 Batch = dict[str, torch.Tensor]
 
@@ -28,7 +27,7 @@ class Pipeline:
     def __init__(
         self,
         layout: StageLayout,
-        stages: dict[int, DataParallel],
+        stages: Mapping[int, DataParallelStage],
         grid: ProcessGrid,
         n_microbatches: int,
         micro_batch_size: int,
@@ -44,12 +43,10 @@ class Pipeline:
         _meet_neighbours(layout, grid)
         self._schedule = None if layout.schedule == "none" else self._build()
 
-    def _build(self) -> Any:
+    def _build(self) -> PipelineSchedule:
         stages = [self._stage(i, data_parallel) for i, data_parallel in self.stages.items()]
-        schedule = SCHEDULE_CLASSES[self.layout.schedule]
-        single = len(stages) == 1 and self.layout.schedule in ("gpipe", "1f1b")
-        return schedule(
-            stages[0] if single else stages,
+        return self.layout.order.runs(
+            stages[0] if self.layout.order.one_stage else stages,
             n_microbatches=self.n_microbatches,
             loss_fn=self._scaled_loss,
             scale_grads=False,
@@ -68,8 +65,8 @@ class Pipeline:
             self._micro_batch_size, length, decoder.config.hidden_size, dtype=decoder.dtype, device=device
         )
 
-    def _stage(self, index: int, data_parallel: DataParallel) -> Stage:
-        decoder: Decoder = data_parallel.decoder
+    def _stage(self, index: int, data_parallel: DataParallelStage) -> Stage:
+        decoder = data_parallel.decoder
         ids = torch.empty(self._micro_batch_size, self._seq_length, dtype=torch.int64, device="meta")
         loss = torch.empty(1, dtype=torch.promote_types(decoder.dtype, torch.float32), device="meta")
         return Stage(
@@ -96,7 +93,7 @@ class Pipeline:
         if self._schedule is None:
             self._one_stage(batch)
         else:
-            self._call(self._schedule.step, batch, return_outputs=False)
+            self._run(self._schedule, batch)
         return self._take_loss() * share
 
     def _share_of_a_token(self, batch: Batch) -> torch.Tensor | float:
@@ -105,18 +102,14 @@ class Pipeline:
         The last stage's ranks ask for it together, before the first microbatch: with a mask it takes a message. Of a
         batch that is masked whole it is 0, and so are loss and gradient.
         """
-        tokens = self._tokens(batch)
-        if not isinstance(tokens, torch.Tensor):
-            return 1 / (tokens * self.grid.dp_size)
+        mask = batch.get("loss_mask")
+        if mask is None:
+            return 1 / (batch["labels"].numel() * self.grid.dp_size)
+        tokens = mask.sum(dtype=torch.float64)
         for axis in ("dp_shard", "dp_replicate"):
             if self.grid.size(axis) > 1:
                 dist.all_reduce(tokens, group=self.grid.mesh[axis].get_group())
         return torch.where(tokens == 0, 0.0, 1 / tokens)
-
-    def _tokens(self, batch: Batch) -> torch.Tensor | float:
-        """How many tokens of this rank's batch count: a constant, or the sum of the mask (float64 scalar)."""
-        mask = batch.get("loss_mask")
-        return float(batch["labels"].numel()) if mask is None else mask.sum(dtype=torch.float64)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
@@ -132,9 +125,11 @@ class Pipeline:
         for data_parallel in self.stages.values():
             data_parallel.module.train()
             data_parallel.reshard()
-        loss = self._take_loss()
-        tokens = self._tokens(batch) / self.grid.size("tp") if self.holds_last else 0.0
-        return torch.stack([loss, torch.zeros_like(loss) + tokens])
+        loss, tokens = self._take_loss(), torch.zeros((), dtype=torch.float64, device=self.grid.device)
+        if self.holds_last:
+            mask = batch.get("loss_mask")
+            tokens += batch["labels"].numel() if mask is None else mask.sum(dtype=torch.float64)
+        return torch.stack([loss, tokens / self.grid.size("tp")])
 
     def _one_stage(self, batch: Batch) -> None:
         data_parallel = self.stages[0]
@@ -144,17 +139,17 @@ class Pipeline:
             self._losses.append(loss.detach())
             data_parallel.backward(loss * self._loss_scale, None, last)
 
-    def _call(self, run: Any, batch: Batch, **options: Any) -> None:
+    def _run(self, schedule: PipelineSchedule, batch: Batch) -> None:
         batch = dict(batch)
         tokens, labels = batch.pop("tokens"), batch["labels"]
         if not self.holds_last:
             del batch["labels"]
             batch.pop("loss_mask", None)
-        run(
+        schedule.step(
             *([tokens] if self.holds_first else []),
             target=labels if self.holds_last else None,
-            **options,
-            **batch,
+            return_outputs=False,
+            **batch,  # type: ignore[arg-type]  # of which step's own options are not
         )
 
     def _split(self, batch: Batch) -> list[Batch]:

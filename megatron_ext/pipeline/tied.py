@@ -4,12 +4,21 @@ Both copies start equal, take the same gradient and the same optimizer step, and
 first stage's copy is the one that counts in the gradient norm and is written to checkpoints.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models import Decoder
+from megatron_ext.models.names import HEAD
+from megatron_ext.tensor_parallel import gradient_of
+
+
+def copies_of_tied(decoders: Iterable[Decoder]) -> frozenset[str]:
+    """Names of these decoders' parameters that are copies of one on another stage: the tied head."""
+    copied = (d.config.tied and d.stage.has_head and not d.stage.has_embedding for d in decoders)
+    return frozenset({HEAD} if any(copied) else ())
 
 
 class TiedEmbedding:
@@ -32,14 +41,14 @@ class TiedEmbedding:
     def sum_gradients(self) -> None:
         """Give both copies, unless frozen, the sum of their gradients. The ranks of the two stages call it together."""
         if self.source is not None and self.copy is not None and self.source.requires_grad:
-            total = _local_grad(self.source) + _local_grad(self.copy)
-            _local_grad(self.source).copy_(total)
-            _local_grad(self.copy).copy_(total)
+            first, last = gradient_of(self.source).to_local(), gradient_of(self.copy).to_local()
+            first += last
+            last.copy_(first)
             return
         mine = self.source if self.source is not None else self.copy
         if mine is None or not mine.requires_grad:
             return
-        grad = _local_grad(mine)
+        grad = gradient_of(mine).to_local()
         if grad.numel() == 0:
             return
         ours = grad.contiguous().to(self._device)  # offloaded gradients are on the host; messages leave from the device
@@ -50,8 +59,3 @@ class TiedEmbedding:
         for work in dist.batch_isend_irecv([send, receive]):
             work.wait()
         grad.add_(theirs.to(grad.device))
-
-
-def _local_grad(param: torch.nn.Parameter) -> torch.Tensor:
-    assert isinstance(param.grad, DTensor)
-    return param.grad.to_local()

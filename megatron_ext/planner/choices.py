@@ -8,11 +8,12 @@ from typing import Any
 from megatron_ext.engine import EngineConfig, RecomputeConfig, require_split_backward
 from megatron_ext.errors import RequestError
 from megatron_ext.pipeline import SCHEDULES, PipelineConfig, plan_stages
+from megatron_ext.pipeline.schedules import DEFAULT
 from megatron_ext.planner.cluster import Cluster
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 _CHUNKS = (1, 2, 3, 4, 6, 8)
-_SCHEDULES = ("1f1b", "interleaved", "zero-bubble", "zbv")  # GPipe has 1F1B's bubble and needs more memory
+_SCHEDULES = tuple(name for name, schedule in SCHEDULES.items() if schedule.searched)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def configured(base: EngineConfig, choice: Choice) -> EngineConfig:
 def choice_of(config: EngineConfig) -> Choice:
     """The layout of a configuration as a point of the search."""
     parallel, pipeline = config.parallel, config.pipeline
-    schedule = "none" if parallel.pipeline_model_parallel_size == 1 else pipeline.pipeline_schedule or "1f1b"
+    schedule = "none" if parallel.pipeline_model_parallel_size == 1 else pipeline.pipeline_schedule or DEFAULT
     kind = SCHEDULES.get(schedule)
     chunks = 1 if kind is None else kind.stages_per_rank or pipeline.num_virtual_stages_per_pipeline_rank or 1
     return Choice(
@@ -130,8 +131,7 @@ def _schedules(base: EngineConfig, pp: int, allowed: dict[str, tuple[Any, ...]])
             yield "none", 1
         return
     for schedule in allowed.get("schedule", _SCHEDULES):
-        fixed = SCHEDULES[schedule].stages_per_rank
-        least = 2 if schedule == "interleaved" else 1
+        fixed, least = SCHEDULES[schedule].stages_per_rank, SCHEDULES[schedule].least_stages
         options = (fixed,) if fixed else tuple(n for n in allowed.get("chunks", _CHUNKS) if n >= least)
         for chunks in options:
             if pp * chunks <= base.model.num_layers:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from megatron_ext.engine import EngineConfig
 from megatron_ext.footprint import ModelStates
 from megatron_ext.models import StageSpec
-from megatron_ext.pipeline import SCHEDULES, StageLayout
+from megatron_ext.pipeline import StageLayout
 from megatron_ext.pipeline.actions import Action, action_lists
 from megatron_ext.planner.activations import Saved, attention_input_bytes, saved_bytes
 from megatron_ext.planner.states import (
@@ -156,12 +156,13 @@ def _largest(alike: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return largest
 
 
-def _enough(schedule: str, pp: int, microbatches: int) -> int:
+def _enough(layout: StageLayout, microbatches: int) -> int:
     """As many as it takes to see the most that is kept: schedules go in rounds, and after some all are alike."""
+    pp, schedule = max(layout.rank_of) + 1, layout.order
     rounds = max(1, microbatches // pp)
-    if schedule == "gpipe" or rounds <= _ROUNDS:
+    if layout.schedule == "gpipe" or rounds <= _ROUNDS:
         return microbatches
-    if schedule in ("interleaved", "zero-bubble"):
+    if schedule.stages_per_rank is None:
         return _ROUNDS * (microbatches // rounds)
     return _ROUNDS * pp + microbatches % pp
 
@@ -170,7 +171,7 @@ def _enough(schedule: str, pp: int, microbatches: int) -> int:
 def rank_moments(schedule: str, rank_of: tuple[int, ...], microbatches: int) -> tuple[list[Moment], ...]:
     """By pipeline rank; which layers stand where does not matter."""
     layout = StageLayout(schedule, (StageSpec(0, 0, False, False),) * len(rank_of), rank_of)
-    microbatches = _enough(schedule, max(rank_of) + 1, microbatches)
+    microbatches = _enough(layout, microbatches)
     return tuple(map(moments, action_lists(layout, microbatches)))
 
 
@@ -209,7 +210,7 @@ def _points(
     that one's gradients; the layer after it; the embedding.
     """
     compute, stored = config.precision.compute.itemsize, config.precision.stored.itemsize
-    zero, splits = config.zero, _splits_backward(layout)
+    zero, splits = config.zero, layout.order.splits_backward
     groups = _groups(config, stage)
     first, layer, last = groups[0], _one_layer(config, stage), groups[-1]
     at_loss, at_layer = 0.0, 0.0  # gathered
@@ -261,10 +262,6 @@ def _whole(config: EngineConfig, stages: Iterable[StageSpec], states: ModelState
     zero = config.zero
     accumulated = zero.zero_stage == 1 or zero.accumulate_then_reduce
     return (weights if zero.zero_stage < 3 else 0.0) + (gradients if accumulated else 0.0)
-
-
-def _splits_backward(layout: StageLayout) -> bool:
-    return layout.schedule in SCHEDULES and SCHEDULES[layout.schedule].splits_backward
 
 
 def _groups(config: EngineConfig, stage: StageSpec) -> list[tuple[int, int]]:

@@ -2,8 +2,7 @@
 
 Shapes are cut as `tensor_parallel.storage` and `zero.sharding` cut them: chunks of ceil(n / ranks), of which the last
 ones may be smaller or empty. FSDP pads every shard to the size of the first, in weights and gradients; the optimizer
-works on what is not padding, and keeps a step count of 4 bytes for every parameter of which it has something, and one
-of its own.
+keeps what its algorithm declares of what is not padding, where there is something, and a step count of its own.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ from megatron_ext.footprint import ModelStates, deepspeed
 from megatron_ext.kernels import KernelConfig, load_kernels
 from megatron_ext.models import Decoder, ModelConfig, StageSpec
 from megatron_ext.models.names import EMBEDDING, HEAD
-from megatron_ext.optim import TrainableConfig
+from megatron_ext.optim import TrainableConfig, algorithm_named
 from megatron_ext.pipeline import StageLayout, plan_stages
 from megatron_ext.tensor_parallel import LoraConfig, TensorParallel, add_adapters, tp_shard_range
 from megatron_ext.tensor_parallel.storage import parameter_shard_dim
@@ -106,7 +105,7 @@ def place_states(config: EngineConfig, world_size: int, place: Place) -> ModelSt
         stage, offload = config.zero.zero_stage, config.zero.offload_optimizer is not None
         footprint = deepspeed(config.precision.compute, stage, offload)
         return footprint.of_rank(pp_rank_elements(config, world_size, place.pp), stage, n)
-    weights, gradients, moments, counts = 0, 0, 0, 1
+    weights, gradients, kept = 0, 0, _STEP_COUNT
     for cut, count in cuts.items():
         shape, skipped = cut.of_tp_rank(tp, place.tp)
         dim = 1 if tp > 1 and cut.tp_dim == 0 and len(shape) == 2 else 0  # as in zero.sharding
@@ -121,10 +120,16 @@ def place_states(config: EngineConfig, world_size: int, place: Place) -> ModelSt
             updated = max(stop - max(start, skipped), 0) * rest
         else:
             updated = (stop - start) * (rest - skipped)
-        moments += 2 * count * updated
-        counts += count * (updated > 0)
+        kept += count * _kept(config.optimizer.optimizer, updated, config.precision.stored)
     size = config.precision.stored.itemsize
-    return ModelStates(weights * size, gradients * size, moments * size + counts * _STEP_COUNT)
+    return ModelStates(weights * size, gradients * size, kept)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept(optimizer: str, elements: int, stored: torch.dtype) -> int:
+    """Bytes that the optimizer keeps of so many elements of a parameter."""
+    declared = algorithm_named(optimizer).declare(torch.Size([elements]), stored) if elements else {}
+    return sum(spec.nbytes for spec in declared.values())
 
 
 def pp_rank_elements(config: EngineConfig, world_size: int, pp_rank: int) -> ModelStates:

@@ -128,7 +128,7 @@ def least_time(config: EngineConfig, cluster: Cluster, program: Program) -> floa
         # backward passes are split, weights' halves may fill the latter wait.
         stage = stages[rank]
         waits += stage.forward
-        if layout.schedule in ("1f1b", "interleaved"):
+        if not layout.order.splits_backward:
             waits += stage.inputs + stage.weights
     return least + sum(_once(config, of_rank, cluster, program))
 

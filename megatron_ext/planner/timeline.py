@@ -67,9 +67,8 @@ def simulate(layout: StageLayout, n_microbatches: int, times: Sequence[StageTime
     computes something else. Time spent in Python and launching kernels is not in it.
     """
     lists = action_lists(layout, n_microbatches)
-    received_ahead = layout.schedule not in ("gpipe", "1f1b")
-    # DualPipeV takes a forward and a whole backward pass as one: torch sends what both gave after both
-    in_pairs = layout.schedule == "dualpipev"
+    received_ahead = not layout.order.one_stage
+    in_pairs = layout.order.in_pairs  # torch sends what both passes gave after both
     passes = _passes(layout, n_microbatches, times)
     spans: list[list[Span]] = [[] for _ in lists]
     clocks: list[float] = [0] * len(lists)

@@ -17,6 +17,7 @@ from megatron_ext.tensor_parallel.layers import (
 from megatron_ext.tensor_parallel.lora import LoraConfig, adapter_product, add_adapters
 from megatron_ext.tensor_parallel.storage import (
     distribute_parameters,
+    gradient_of,
     localize_parameters,
     shares_of_gradients,
     tp_shard_range,
@@ -34,6 +35,7 @@ __all__ = [
     "add_adapters",
     "column_parallel",
     "distribute_parameters",
+    "gradient_of",
     "localize_parameters",
     "shares_of_gradients",
     "tp_shard_range",

@@ -118,7 +118,7 @@ class Replicated(nn.Module):
 
     @property
     def tp_shares(self) -> tuple[str, ...]:
-        return tuple(self._parameters) if self._sees_a_part else ()
+        return tuple(name for name, _ in self.named_parameters(recurse=False)) if self._sees_a_part else ()
 
 
 class PositionEmbedding(Replicated):

@@ -18,17 +18,13 @@ import torch.nn.functional as F
 
 from megatron_ext.tensor_parallel.collectives import gather_sequence, scatter_sequence_sum, start_gather_sequence
 from megatron_ext.tensor_parallel.context import TensorParallel
+from megatron_ext.torch_private import will_run
 
 
 def _wanted(ctx: Any, index: int) -> bool:
     """Whether this backward pass goes on to tensor input `index` (autograd.grad on a subset may not)."""
     node = ctx.next_functions[index][0]
-    if node is None:
-        return False
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf that autograd.grad was asked for
-        return True
+    return node is not None and will_run(node)
 
 
 class _ColumnParallelLinear(torch.autograd.Function):

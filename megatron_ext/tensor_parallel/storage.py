@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor._utils import compute_global_tensor_info
+
+from megatron_ext.torch_private import compute_global_tensor_info, spec_and_local, with_spec
 
 
 def tp_shard_range(size: int, tp_size: int, tp_rank: int) -> tuple[int, int]:
@@ -44,6 +45,12 @@ def shares_of_gradients(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 yield owner, name
 
 
+def gradient_of(param: nn.Parameter) -> DTensor:
+    """The gradient of a parameter that has one."""
+    assert isinstance(param.grad, DTensor)
+    return param.grad
+
+
 def distribute_parameters(model: nn.Module, tp_mesh: DeviceMesh) -> None:
     """Replace every parameter of `model` (on the meta device, global shapes) by its DTensor, in place.
 
@@ -52,9 +59,7 @@ def distribute_parameters(model: nn.Module, tp_mesh: DeviceMesh) -> None:
     size, rank = tp_mesh.size(), tp_mesh.get_local_rank()
     done: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
-        for name, param in list(module._parameters.items()):
-            if param is None:
-                continue
+        for name, param in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if param not in done:
                 dim = parameter_shard_dim(module, name)
                 local_shape = list(param.shape)
@@ -68,7 +73,7 @@ def distribute_parameters(model: nn.Module, tp_mesh: DeviceMesh) -> None:
                     local, tp_mesh, [placement], run_check=False, shape=param.shape, stride=param.stride()
                 )
                 done[param] = nn.Parameter(stored, requires_grad=param.requires_grad)
-            module._parameters[name] = done[param]
+            setattr(module, name, done[param])
 
 
 def localize_parameters(module: nn.Module, device: torch.device, dtype: torch.dtype, done: dict[Any, Any]) -> None:
@@ -79,7 +84,7 @@ def localize_parameters(module: nn.Module, device: torch.device, dtype: torch.dt
     """
     shares = set(shares_of_gradients(module))
     for owner in module.modules():
-        for name, param in list(owner._parameters.items()):
+        for name, param in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
             if not isinstance(param, DTensor):
                 continue
             if param not in done:
@@ -88,7 +93,7 @@ def localize_parameters(module: nn.Module, device: torch.device, dtype: torch.dt
                 if (owner, name) in shares:
                     plain.tp_group = param.device_mesh.get_group()  # type: ignore[attr-defined]  # see `local`
                 done[param] = plain
-            owner._parameters[name] = done[param]
+            setattr(owner, name, done[param])
 
 
 class _SumOfShares(torch.autograd.Function):
@@ -115,7 +120,7 @@ class _ToLocal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, param: DTensor) -> torch.Tensor:
         ctx.set_materialize_grads(False)
-        ctx.spec, local = param._spec, param._local_tensor
+        ctx.spec, local = spec_and_local(param)
         ctx.stride = local.stride()
         return local.view_as(local)
 
@@ -129,7 +134,7 @@ class _ToLocal(torch.autograd.Function):
             return DTensor.from_local(
                 grad, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=tuple(stride)
             )
-        return DTensor(grad, copy.copy(ctx.spec), requires_grad=False)  # type: ignore[call-arg]
+        return with_spec(grad, copy.copy(ctx.spec))
 
 
 class _Cast(torch.autograd.Function):

@@ -1,10 +1,13 @@
 """What data parallelism shards."""
 
 import dataclasses
+from typing import Any
 
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
 from megatron_ext.option import option, refuse_unused
+
+DeepSpeedSettings = dict[str, Any]  # as in a JSON file of DeepSpeed's
 
 
 @dataclasses.dataclass(frozen=True)

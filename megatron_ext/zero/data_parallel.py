@@ -17,18 +17,19 @@ the whole pipeline stage for each half, because torch's split backward reads all
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models import Decoder
-from megatron_ext.tensor_parallel import shares_of_gradients
+from megatron_ext.tensor_parallel import gradient_of, shares_of_gradients
+from megatron_ext.torch_private import finish_backward, foreach_copy_
 from megatron_ext.zero.config import ZeroConfig
 from megatron_ext.zero.reduction import Bfloat16ReduceScatter, all_reduce
-from megatron_ext.zero.sharding import finish_backward, fsdp_modules, shard
+from megatron_ext.zero.sharding import fsdp_modules, shard
 
 
 class DataParallel:
-    """A decoder whose parameters, gradients and so optimizer states are spread as a ZeRO stage says.
+    """A decoder whose parameters, gradients and so optimizer states are spread as a ZeRO stage says; it is a
+    `zero.DataParallelStage`.
 
     decoder: on the meta device, parameters already distributed over tp. Afterwards `decoder`'s parameters are this
     rank's shards (DTensors), still on the meta device; materialise them with `to_empty` on `device`: the grid's, or
@@ -72,7 +73,6 @@ class DataParallel:
             param.casts = {} if keep else None  # type: ignore[attr-defined]  # see tensor_parallel.storage.local
 
     def backward(self, output: torch.Tensor, grad: torch.Tensor | None, last: bool) -> None:
-        """The backward pass of one microbatch. last: of the step. grad: None where `output` is the loss."""
         self.before_backward("full", last)
         torch.autograd.backward(output, grad)
         self.after_backward("full", last)
@@ -88,7 +88,6 @@ class DataParallel:
         self._set(reduce, reshard=self.stage == 3 or (reduce and last), last=last and reduce)
 
     def after_backward(self, kind: str, last: bool) -> None:
-        """Accumulate or reduce what the backward pass just finished leaves to be done by hand."""
         if self.stage and kind == "weight":
             self._set(last or self._reduces_each, reshard=self.stage == 3 or last, last=last)
             finish_backward(self.module)
@@ -106,11 +105,11 @@ class DataParallel:
     def _sum_shares(self) -> None:
         """Sum over tensor parallelism the gradients of which each rank has computed a share, in one message."""
         params = [getattr(owner, name) for owner, name in shares_of_gradients(self.module)]
-        grads = [_grad(p).to_local() for p in params if p.grad is not None]
+        grads = [gradient_of(p).to_local() for p in params if p.grad is not None]
         on_device = [grad.to(self.grid.device) for grad in grads]  # offloaded ones are on the host
         all_reduce(on_device, self.grid.mesh["tp"].get_group())
         if grads and self.device != self.grid.device:
-            torch._foreach_copy_(grads, on_device)
+            foreach_copy_(grads, on_device)
 
     def _set(self, reduce: bool, reshard: bool, last: bool) -> None:
         module = self.module
@@ -123,7 +122,6 @@ class DataParallel:
             self._reduce_scatter.partial = not last
 
     def reshard(self) -> None:
-        """Give back gathered parameters after a pass without backward: they go stale at the next optimizer step."""
         if not self.stage:
             self._keep_casts(False)
         for module in fsdp_modules(self.module):
@@ -133,13 +131,8 @@ class DataParallel:
         """ZeRO-0: sum over all data-parallel ranks, in large buckets."""
         params = [p for p in self.module.parameters() if p.grad is not None]
         for p in params:  # a split backward may leave a transposed view, which others read in the order of storage
-            p.grad = _grad(p).contiguous()
+            p.grad = gradient_of(p).contiguous()
         dtype = torch.bfloat16 if self._in_bf16 else None
         for axis in ("dp_shard", "dp_replicate"):
             if self.grid.size(axis) > 1:
-                all_reduce([_grad(p).to_local() for p in params], self.grid.mesh[axis].get_group(), dtype)
-
-
-def _grad(param: nn.Parameter) -> DTensor:
-    assert isinstance(param.grad, DTensor)
-    return param.grad
+                all_reduce([gradient_of(p).to_local() for p in params], self.grid.mesh[axis].get_group(), dtype)

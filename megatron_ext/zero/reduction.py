@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
+
+from megatron_ext.torch_private import DefaultReduceScatter, foreach_copy_
 
 _BUCKET_ELEMENTS = 1 << 25
 
@@ -49,7 +50,7 @@ def all_reduce(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup, dtype:
             sent = parts[0] if len(parts) == 1 else torch.cat(parts)
             dist.all_reduce(sent, group=group)
             if sent.data_ptr() != bucket[0].data_ptr():
-                torch._foreach_copy_([t.view(-1) for t in bucket], list(sent.split([t.numel() for t in bucket])))
+                foreach_copy_([t.view(-1) for t in bucket], list(sent.split([t.numel() for t in bucket])))
         bucket.clear()
 
     for tensor in tensors:

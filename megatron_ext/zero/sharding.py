@@ -78,14 +78,3 @@ def _prefetch(forward: Sequence[Any], backward: Sequence[Any]) -> None:
 
 def fsdp_modules(module: nn.Module) -> Iterator[FSDPModule]:
     return (part for part in module.modules() if isinstance(part, FSDPModule))
-
-
-def finish_backward(module: nn.Module) -> None:
-    """Do with every gradient what FSDP does after a backward pass. Split ones run none of its hooks, so call them."""
-    state = fully_shard.state(module)  # type: ignore[attr-defined]
-    for part in state._state_ctx.all_states:
-        groups = part._fsdp_param_groups if hasattr(part, "_fsdp_param_groups") else [part._fsdp_param_group]
-        for group in groups:
-            if group is not None:
-                group.post_backward()
-    state._root_post_backward_final_callback()

@@ -107,6 +107,7 @@ class Saving(Callback):
             model=dataclasses.asdict(engine.model),
             layout=layout_of(run.grid),
             has_optimizer=True,
+            optimizer=engine.optimizer.optimizer,
             trainable=dataclasses.asdict(engine.trainable),
             precision=dataclasses.asdict(engine.precision),
             lora=None if engine.adapters is None else dataclasses.asdict(engine.adapters),

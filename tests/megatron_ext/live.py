@@ -52,9 +52,9 @@ class Watch(TorchDispatchMode):
         self.passes: list[tuple[Action, int]] = []
         self.highest = 0
         self._engine, self._of_passes = engine, of_passes
-        adam = engine.optimizer._adam
         before = [[p.detach() for p in engine.parameters.values()], batch, engine.optimizer.step_count]
-        self._known = weakref.WeakSet(storages([before, [] if adam is None else list(adam.state.values())]))
+        states = [list(state.values()) for state in engine.optimizer.local_states.values()]
+        self._known = weakref.WeakSet(storages([before, states]))
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self._messages: dict[tuple[int, int], list[Any]] = defaultdict(list)
         self._patched = contextlib.ExitStack()

@@ -167,8 +167,8 @@ def save_then_load(root: Path, saved: EngineConfig, loaded: EngineConfig) -> tup
 
 
 def whole_states(engine: Engine) -> dict[tuple[str, str], torch.Tensor]:
-    states = engine.states()
-    tensors = {"weight": states.weights, **states.moments}
+    states = engine.state_dict()
+    tensors = {"weight": states.weights, **states.optimizer}
     return {
         (kind, name): tensor.full_tensor()
         for kind, part in tensors.items()

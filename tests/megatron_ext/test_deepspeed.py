@@ -243,9 +243,9 @@ def states_of(engine: Engine) -> dict[str, torch.Tensor]:
     def whole(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    states = engine.states()
+    states = engine.state_dict()
     named = {f"weight {name}": value for name, value in states.weights.items()}
-    for name, moments in states.moments.items():
+    for name, moments in states.optimizer.items():
         named |= {f"{moment} {name}": value for moment, value in moments.items()}
     named["steps"] = engine.optimizer.step_count
     return {name: whole(value).clone() for name, value in named.items()}

@@ -15,16 +15,19 @@ from tests.megatron_ext.test_deepspeed_settings import BATCH, TYPICAL, read, ref
 RUN: dict[str, Any] = {
     "pp": 2,
     "schedule": "1f1b",
+    "one_stage": True,
     "tied": False,
     "train_only": None,
     "compute": torch.float32,
+    "optimizer": "adam",
 }
 RUNS: dict[str, dict[str, Any]] = {
     "--fp16: --zero-engine deepspeed is built for float32 and --bf16": {"compute": torch.float16},
     "--params-dtype float64: --zero-engine deepspeed is built for": {"compute": torch.float64},
-    "--pipeline-schedule zero-bubble: ": {"schedule": "zero-bubble"},
+    "--pipeline-schedule zero-bubble: ": {"schedule": "zero-bubble", "one_stage": False},
     "a tied embedding on two stages": {"tied": True},
     "--train-only lora is not built with": {"train_only": "lora"},
+    "--optimizer lion: --zero-engine deepspeed is built for --optimizer adam": {"optimizer": "lion"},
 }
 
 

@@ -72,8 +72,8 @@ def copies_to_the_host(config: EngineConfig, world_size: int) -> tuple[list[int]
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         results = engine.optimizer.update(sums, LR, engine.loss_scaler.scale)
         assert all(result.device == device for result in results)
-    states = engine.states()
-    for tensors in (states.weights, *states.moments.values()):
+    states = engine.state_dict()
+    for tensors in (states.weights, *states.optimizer.values()):
         assert all(tensor.device.type == "cpu" for tensor in _locals(tensors.values()))
     return copied, [gradient.numel() for gradient in received]
 

@@ -254,8 +254,7 @@ def bytes_held(config: Any) -> dict[str, int]:
 
     engine.optimizer.update = look  # type: ignore[method-assign]
     engine.train_step(share(global_batch(config, 0), grid, config.batch.micro_batch_size), LR)
-    adam = engine.optimizer._adam
-    states = adam.state.values() if adam is not None else ()
+    states = engine.optimizer.local_states.values()
     held["moments"] = sum(state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes for state in states)
     held["parameters"] = sum(p.to_local().nbytes for p in engine.parameters.values())
     return held

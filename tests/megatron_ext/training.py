@@ -137,7 +137,7 @@ def train(config: EngineConfig, documents: bool = False, eval_at: tuple[int, ...
 def whole_parameters(engine: Engine) -> dict[str, torch.Tensor]:
     """Global name -> whole tensor, for every parameter of this rank's stages. Collective."""
     whole = {}
-    for name, stored in engine.states().weights.items():
+    for name, stored in engine.state_dict().weights.items():
         assert isinstance(stored, DTensor)
         whole[name] = stored.full_tensor()
     return whole

@@ -129,8 +129,8 @@ def test_nothing_is_given_memory(monkeypatch: pytest.MonkeyPatch, flags: dict[st
     devices = set()
 
     def note(engine: Engine, _: Any) -> None:
-        states = engine.states()
-        for tensors in (states.weights, *states.moments.values()):
+        states = engine.state_dict()
+        for tensors in (states.weights, *states.optimizer.values()):
             devices.update(tensor.device.type for tensor in tensors.values())
 
     monkeypatch.setattr(pretrain.dry_run, "check_shapes", note)

@@ -131,7 +131,7 @@ def whole(engine: Engine) -> Named:
     """This rank's weights and moments, whole, under their checkpoint names. Collective."""
     tensors = [("optimizer.steps", engine.optimizer.step_count), ("loss_scaler", engine.loss_scaler.state)]
     for name, param in engine.parameters.items():
-        moments = {f"optimizer.{moment}": value for moment, value in engine.optimizer.moments(name).items()}
+        moments = {f"optimizer.{moment}": value for moment, value in engine.optimizer.state(name).items()}
         for kind, value in {"model": param.detach(), **moments}.items():
             assert isinstance(value, DTensor)
             tensors.append((f"{kind}.{checkpoint_name_of(engine, name)}", value.full_tensor()))

@@ -16,7 +16,7 @@ from megatron_ext.zero.config import ZeroConfig
 from megatron_ext.zero.deepspeed.settings import Settings
 
 _VERSION = "0.19"
-_SCHEDULES = ("none", "gpipe", "1f1b")
+_OPTIMIZER = "adam"
 _USE = "use --zero-engine torch"
 _BUFFERS = 4  # of a sub-group's swapping: the weights, their gradients, two moments
 _OTHER_DTYPES = {torch.float16: "--fp16", torch.float64: "--params-dtype float64"}
@@ -37,13 +37,29 @@ def check_installed() -> None:
         )
 
 
-def check_run(*, pp: int, schedule: str, tied: bool, train_only: str | None, compute: torch.dtype) -> None:
-    """Raise RequestError where the rest of the run does not go with this engine."""
+def check_run(
+    *,
+    pp: int,
+    schedule: str,
+    one_stage: bool,
+    tied: bool,
+    train_only: str | None,
+    compute: torch.dtype,
+    optimizer: str,
+) -> None:
+    """Raise RequestError where the rest of the run does not go with this engine.
+
+    one_stage: whether the schedule has one stage to a rank.
+    """
+    if optimizer != _OPTIMIZER:
+        raise RequestError(
+            f"--optimizer {optimizer}: --zero-engine deepspeed is built for --optimizer {_OPTIMIZER}: use it, or {_USE}"
+        )
     if compute in _OTHER_DTYPES:
         raise RequestError(
             f"{_OTHER_DTYPES[compute]}: --zero-engine deepspeed is built for float32 and --bf16: use these, or {_USE}"
         )
-    if schedule not in _SCHEDULES:
+    if not one_stage:
         raise RequestError(
             f"--pipeline-schedule {schedule}: --zero-engine deepspeed holds one stage a rank and runs whole backward "
             f"passes: use 1f1b or gpipe, or {_USE}"

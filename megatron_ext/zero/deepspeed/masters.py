@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps the float32 weights and Adam's moments.
+"""Where DeepSpeed keeps the float32 weights and the states of AdamW.
 
 ZeRO flattens the parameters and cuts the result, so a rank updates a *fragment* of each: a range of the flattened
 parameter, or nothing of it. DeepSpeed's optimizers each say differently where it lies; here all of them yield the
@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_ext.optim import MOMENTS
+from megatron_ext.optim.adamw import AdamW
+from megatron_ext.optim.algorithm import STEP, new_state, stored_states
 
 WEIGHT = "weight"
+STATES = tuple(stored_states(AdamW, torch.Size(), torch.float32))
 
 
 @dataclasses.dataclass(frozen=True)
 class Fragment:
     """What this rank updates of `param`: its flattened elements from `start` on.
 
-    views: by WEIGHT and MOMENTS, float32 [n], n the same for all and maybe 0. whole: the parameter in the computing
+    views: by WEIGHT and STATES, float32 [n], n the same for all and maybe 0. whole: the parameter in the computing
     dtype where this rank holds all of it, which is to be written together with the views.
     """
 
@@ -50,7 +52,7 @@ def _of_stages_1_and_2(optimizer: Any) -> Iterator[Fragment]:
     params = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
     for group, of_group in zip(adam.param_groups, params, strict=True):
         (flat,) = group["params"]
-        tensors = {WEIGHT: flat.detach(), **_moments(adam, flat)}
+        tensors = {WEIGHT: flat.detach(), **_states(adam, flat)}
         for param in of_group:
             place = param._hp_mapping
             start, offset, n = 0, 0, 0
@@ -71,7 +73,7 @@ def _of_stage_3(optimizer: Any, changed: bool) -> Iterator[Fragment]:
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_in(i)
         flat = optimizer.fp32_partitioned_groups_flat[i]
-        tensors = {WEIGHT: flat.detach(), **_moments(adam, flat)}
+        tensors = {WEIGHT: flat.detach(), **_states(adam, flat)}
         for param in of_group:
             _, offset, size = optimizer.grad_position[optimizer.get_param_id(param)]
             start = min(size * optimizer._get_param_partition_rank(param), param.ds_numel)  # the last may have nothing
@@ -104,12 +106,11 @@ def _gather_persistent(optimizer: Any) -> None:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
-def _moments(adam: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+def _states(adam: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, torch.Tensor]:
     state = adam.state[flat]
-    if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-        state.update({moment: torch.zeros_like(flat.detach()) for moment in MOMENTS})
-    return {moment: state[moment] for moment in MOMENTS}
+    if STEP not in state:
+        state.update(new_state(AdamW, flat.detach()))
+    return {name: state[name] for name in STATES}
 
 
 def weights(engine: Any) -> Iterator[torch.Tensor]:

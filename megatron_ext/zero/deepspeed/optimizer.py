@@ -6,17 +6,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megatron_ext.footprint import ModelStates, held
 from megatron_ext.models import ModelConfig, initialize_parameter
-from megatron_ext.optim import MOMENTS, States, placed_as
-from megatron_ext.zero.deepspeed.masters import WEIGHT, fragments, gradients, recover, weights
+from megatron_ext.optim import States
+from megatron_ext.optim.algorithm import STEP
+from megatron_ext.torch_private import compute_local_shape_and_global_offset, placed_as
+from megatron_ext.zero.deepspeed.masters import STATES, WEIGHT, fragments, gradients, recover, weights
 from megatron_ext.zero.deepspeed.stage import DeepSpeedStage
 
 
 class DeepSpeedOptimizer:
-    """The states of one stage's parameters under DeepSpeed; for the engine the same as `optim.Optimizer`.
+    """The states of one stage's parameters under DeepSpeed; it is a `zero.Optimizer`.
 
     To a checkpoint they are what FSDP2 holds: float32 DTensors over (dp, tp), cut over dp along the dimension that
     tp leaves, so that either engine reads what the other wrote.
@@ -41,7 +42,7 @@ class DeepSpeedOptimizer:
     def update(
         self, sums: torch.Tensor, lr: float, loss_scale: torch.Tensor | float, measure: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `optim.Optimizer.update`; the norm, over pp, dp and tp, and the clipping by it are DeepSpeed's."""
+        """As `zero.Optimizer.update`; the norm, over pp, dp and tp, and the clipping by it are DeepSpeed's."""
         dist.all_reduce(sums)
         if measure:
             self._gradient_bytes = held(gradients(self._engine))
@@ -57,14 +58,14 @@ class DeepSpeedOptimizer:
     @property
     def step_count(self) -> torch.Tensor:
         """Optimizer steps taken, float32 scalar."""
-        return next(iter(self._adam.state.values()))["step"]
+        return next(iter(self._adam.state.values()))[STEP]
 
     def set_step_count(self, steps: torch.Tensor) -> None:
         for state in self._adam.state.values():
-            state["step"].copy_(steps)
+            state[STEP].copy_(steps)
 
     def model_states(self) -> ModelStates:
-        """Bytes that this rank holds in memory, on the device and on the host: see `optim.Optimizer.model_states`.
+        """Bytes that this rank holds in memory, on the device and on the host: see `zero.Optimizer.model_states`.
 
         Weights are those in the computing dtype; the float32 masters count as the optimizer's, as in the ZeRO paper.
         """
@@ -76,25 +77,27 @@ class DeepSpeedOptimizer:
         return self._engine.optimizer.optimizer
 
     @torch.no_grad()
-    def states(self, empty: bool = False) -> States:
-        """Copies of all weights and moments on the host, cut over (dp, tp). `empty`: only room for them.
+    def state_dict(self, empty: bool = False) -> States:
+        """Copies of all weights and states on the host, cut over (dp, tp). `empty`: only room for them.
 
         On the host because of what is offloaded: it would not fit on the device. Collective.
         """
         if empty:
-            found = {(name, state): self._part(name, None) for name in self._stage.stored for state in _ALL}
+            found = {
+                (name, state): self._part(name, None) for name in self._stage.stored for state in (WEIGHT, *STATES)
+            }
         else:
             found = dict(self._read())
         return States(
             weights={name: found[name, WEIGHT] for name in self._stage.stored},
-            moments={name: {moment: found[name, moment] for moment in MOMENTS} for name in self._stage.stored},
+            optimizer={name: {state: found[name, state] for state in STATES} for name in self._stage.stored},
         )
 
-    def take(self, states: States) -> None:
-        """Go on from these weights and, where there are any, moments. Collective."""
+    def load_state_dict(self, states: States) -> None:
+        """Go on from these weights and, where there are any, states. Collective."""
 
         def whole(name: str, state: str) -> torch.Tensor | None:
-            part = states.weights[name] if state == WEIGHT else states.moments.get(name, {}).get(state)
+            part = states.weights[name] if state == WEIGHT else states.optimizer.get(name, {}).get(state)
             if part is None:
                 return None
             assert isinstance(part, DTensor)
@@ -152,9 +155,6 @@ class DeepSpeedOptimizer:
             stride=placed.stride(),
         )
         return placed_as(described, local)
-
-
-_ALL = (WEIGHT, *MOMENTS)
 
 
 def _over_dp(over_tp: Placement, ndim: int) -> Placement:

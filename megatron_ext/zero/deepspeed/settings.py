@@ -15,11 +15,11 @@ import torch
 
 from megatron_ext.errors import RequestError
 from megatron_ext.option import flag_of
-from megatron_ext.zero.config import ZeroConfig
+from megatron_ext.zero.config import DeepSpeedSettings, ZeroConfig
 from megatron_ext.zero.deepspeed import known
 from megatron_ext.zero.deepspeed.known import KNOWN, Setting
 
-Settings = dict[str, Any]
+Settings = DeepSpeedSettings
 
 # said to DeepSpeed where the file is silent
 _DEFAULTS: Settings = {

@@ -8,7 +8,8 @@ from torch.distributed.tensor import DTensor
 
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.models import Decoder
-from megatron_ext.optim import OptimizerConfig, decays
+from megatron_ext.optim import OptimizerConfig, by_weight_decay
+from megatron_ext.optim.adamw import torch_adamw
 from megatron_ext.tensor_parallel import localize_parameters
 from megatron_ext.zero.deepspeed.adapt import (
     prepare,
@@ -21,7 +22,7 @@ from megatron_ext.zero.deepspeed.mpu import ModelParallelUnit
 
 
 class DeepSpeedStage:
-    """A decoder whose data parallelism is a DeepSpeed engine's; for a pipeline the same as `DataParallel`.
+    """A decoder whose data parallelism is a DeepSpeed engine's; it is a `zero.DataParallelStage`.
 
     decoder: on the meta device, parameters distributed over tp. Afterwards they are plain tensors of the tp shapes
     on the device (at stage 3 shards), uninitialised, in the computing dtype; DeepSpeed keeps float32 masters.
@@ -48,10 +49,11 @@ class DeepSpeedStage:
         for name, param in decoder.named_parameters():
             # the norm counts what is not cut over tp once, on the first rank of the tp group
             param.model_parallel = not self.stored[name].placements[0].is_replicate()  # type: ignore[attr-defined]
+        params = dict(decoder.named_parameters())
+        groups = by_weight_decay(self.stored, optimizer.weight_decay)
+        adamw = torch_adamw(optimizer, ((decay, [params[name] for name in names]) for decay, names in groups))
         with quiet_unless_it_fails():
-            self.engine, *_ = deepspeed.initialize(
-                model=decoder, optimizer=self._adamw(optimizer), config=settings, mpu=unit
-            )
+            self.engine, *_ = deepspeed.initialize(model=decoder, optimizer=adamw, config=settings, mpu=unit)
         if settings["zero_optimization"]["stage"] == 3:
             sum_norm_once(self.engine.optimizer, grid.device)
         elif hasattr(self.engine.optimizer, "get_grads_for_norm"):
@@ -80,30 +82,20 @@ class DeepSpeedStage:
         """Nothing to do: DeepSpeed holds the weights in the dtype that is computed in."""
 
     def backward(self, output: torch.Tensor, grad: torch.Tensor | None, last: bool) -> None:
-        """The backward pass of one microbatch. last: of the step. grad: None where `output` is the loss."""
+        self.before_backward("full", last)
+        loss = output.sum() if grad is None else _HandOver.apply(output, grad)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def before_backward(self, kind: str, last: bool) -> None:
+        """Get ready for a whole backward pass; halves of one have been refused."""
+        assert kind == "full"
         # DeepSpeed notes the end of a backward pass at the next forward pass. A pipeline runs backward passes in a
         # row, and stage 3 would then overwrite the first gradient with the second instead of adding: note it now.
         self.engine.optimizer.clear_backward_seen_flag()
         self.engine.set_gradient_accumulation_boundary(last)
-        loss = output.sum() if grad is None else _HandOver.apply(output, grad)
-        self.engine.backward(loss, scale_wrt_gas=False)
 
-    def _adamw(self, config: OptimizerConfig) -> torch.optim.AdamW:
-        """torch's fused AdamW, on the device or, with offload, on the host: nothing that has to be compiled first."""
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for name, param in self.decoder.named_parameters():
-            groups[decays(name, self.stored[name])].append(param)
-        return torch.optim.AdamW(
-            [
-                {"params": params, "weight_decay": config.weight_decay if decayed else 0.0}
-                for decayed, params in groups.items()
-                if params
-            ],
-            lr=config.lr,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
-            fused=True,
-        )
+    def after_backward(self, kind: str, last: bool) -> None:
+        """Nothing to do: DeepSpeed has reduced what it reduces."""
 
     def reshard(self) -> None:
         """Nothing to do: DeepSpeed gives gathered parameters back by itself."""

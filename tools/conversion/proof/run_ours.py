@@ -6,6 +6,7 @@ from megatron_ext.checkpoint.read import Weights
 from megatron_ext.models import ModelConfig
 from megatron_ext.models.decoder import whole_model
 from megatron_ext.models.names import EMBEDDING, HEAD
+from megatron_ext.torch_private import put_parameter
 from tools.conversion.proof.outputs import Outputs, record
 from tools.conversion.proof.stored_weight import StoredWeight
 
@@ -14,9 +15,7 @@ def run_ours(model: ModelConfig, weights: Weights, ids: torch.Tensor) -> Outputs
     """Compute what the model makes of ids [1, s], in float32, a piece of a weight in memory at a time."""
     decoder = whole_model(model)
     for path, module in decoder.named_modules():
-        for own in list(module._parameters):
+        for own, _ in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             name = f"{path}.{own}"
-            if module._parameters[own] is not None:
-                stored = EMBEDDING if model.tied and name == HEAD else name
-                module._parameters[own] = StoredWeight(weights, stored)  # type: ignore[assignment]
+            put_parameter(module, own, StoredWeight(weights, EMBEDDING if model.tied and name == HEAD else name))
     return record(decoder.layers.values(), lambda: decoder(ids), "running this project's decoder")

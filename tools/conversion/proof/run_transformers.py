@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megatron_ext.checkpoint.read import Weights
 from megatron_ext.errors import RequestError
+from megatron_ext.torch_private import put_parameter
 from tools.conversion.proof.outputs import Outputs, record
 from tools.conversion.proof.stored_weight import StoredWeight
 from tools.conversion.source import CONFIG
@@ -42,7 +43,7 @@ def run_transformers(folder: Path, tensors: Weights, ids: torch.Tensor) -> Outpu
     model = _without_values(folder)
     for module, names in _stored_names(folder, model, tensors).items():
         for own, stored in names.items():
-            module._parameters[own] = StoredWeight(tensors, stored)  # type: ignore[assignment]
+            put_parameter(module, own, StoredWeight(tensors, stored))
     layers = next(
         module
         for module in model.modules()

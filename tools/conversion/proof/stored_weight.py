@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from megatron_ext.checkpoint.read import Weights
 from megatron_ext.checkpoint.write import row_pieces
+from megatron_ext.torch_private import DisableTorchFunctionSubclass, wrapper_of
 
 _TRANSPOSED = torch.Tensor.T.__get__  # type: ignore[attr-defined]
 
@@ -24,8 +25,7 @@ class StoredWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, weights: Weights, name: str) -> "StoredWeight":
-        make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
-        made: StoredWeight = make(cls, weights.shapes[name], dtype=torch.float32)
+        made: StoredWeight = wrapper_of(cls, weights.shapes[name], torch.float32)
         made.weights, made.stored_name = weights, name
         return made
 
@@ -34,7 +34,7 @@ class StoredWeight(torch.Tensor):
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options = dict(kwargs or {})
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             if getattr(func, "__name__", "") == "__get__" and func != _TRANSPOSED:  # a shape, a dtype, a device
                 return func(*args, **options)
             if func is torch.Tensor.to:  # it is in float32 already
