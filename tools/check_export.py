@@ -29,11 +29,11 @@ from tokenizer.formats.record import TokenizerRecord, record_of
 from tokenizer.text.documents import read_documents
 from tokenizer.text.file import decode, inspect
 from tools.command import Parser, run
-from tools.conversion.changes.cast import CastWeights
+from tools.conversion.changes.weights import CastWeights
 from tools.conversion.formats.hf_folder import open_tensors
 from tools.conversion.formats.native import open_native
+from tools.conversion.proof.prove import TOLERANCE
 from tools.conversion.proof.run_transformers import NotRunnable
-from tools.conversion.proof.self_check import TOLERANCE
 from tools.conversion.proof.tokenizers import compare
 from tools.conversion.source import Source
 

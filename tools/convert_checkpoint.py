@@ -38,11 +38,10 @@ from megatron_ext.errors import RequestError
 from megatron_ext.models.expand import METHODS
 from megatron_ext.option import flag_of
 from tools.command import Parser, run_to_write
-from tools.conversion.changes.cast import CastWeights
 from tools.conversion.changes.resize import Resized, resize, write_report
 from tools.conversion.changes.tokenizer import detect_tokenizer, read_given
+from tools.conversion.changes.weights import CastWeights, FiniteWeights
 from tools.conversion.families import FAMILIES
-from tools.conversion.finite import FiniteWeights
 from tools.conversion.formats import tokenizer_files
 from tools.conversion.formats.hf_folder import open_hf, write_hf
 from tools.conversion.formats.megatron_core import open_megatron, write_megatron

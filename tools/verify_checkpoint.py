@@ -38,8 +38,8 @@ from tokenizer.formats.record import stored_record
 from tools.command import Parser, run
 from tools.conversion.families import family_of
 from tools.conversion.formats.hf_folder import CONFIG, open_hf, open_tensors
-from tools.conversion.formats.json_file import read_table
 from tools.conversion.formats.safetensors_file import INDEX, SafetensorsFiles
+from tools.conversion.source import read_table
 
 # a model continued from a preset may have others of these
 _FREE_FIELDS = frozenset({"init_method_std", "max_position_embeddings"})

@@ -4,6 +4,7 @@ A conversion is a chain of `Weights`: the source's, wrapped once for everything 
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,14 @@ class WatchedWeights:
 
 def bytes_of(weights: Weights, name: str) -> int:
     return weights.shapes[name].numel() * weights.dtypes[name].itemsize
+
+
+def read_table(folder: Path, name: str, flag: str = "--input") -> dict[str, Any]:
+    """Read the fields of a file. Raises RequestError, a line that starts with the flag, unless it is one such table."""
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"{flag} {folder}: {name} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise RequestError(f"{flag} {folder}: {name} cannot be read (it is no table of fields)")
+    return content

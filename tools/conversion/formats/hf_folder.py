@@ -17,12 +17,11 @@ from megatron_ext.models import ModelConfig
 from megatron_ext.models.names import EMBEDDING, HEAD
 from tools.conversion.changes.tokenizer import TOKEN_IDS, token_ids, with_token_ids
 from tools.conversion.families import FAMILIES, Family, family_for, family_of
-from tools.conversion.formats.json_file import read_table
 from tools.conversion.formats.safetensors_file import INDEX, SINGLE, SafetensorsFiles, write_safetensors
 from tools.conversion.formats.tensor_files import TensorFiles
 from tools.conversion.formats.torch_files import TorchFiles
 from tools.conversion.rows import Binding, bind, theirs_shapes, to_ours, to_theirs
-from tools.conversion.source import CONFIG, GENERATION, Source, bytes_of, check_dtypes, check_shapes
+from tools.conversion.source import CONFIG, GENERATION, Source, bytes_of, check_dtypes, check_shapes, read_table
 
 # files that change what transformers' from_pretrained reads
 _ELSEWHERE = {

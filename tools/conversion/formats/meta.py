@@ -18,9 +18,8 @@ from megatron_ext.models import ModelConfig, preset, preset_names
 from megatron_ext.models.names import EMBEDDING, HEAD
 from tools.conversion.families.llama import LLAMA
 from tools.conversion.formats.hf_folder import CONFIG
-from tools.conversion.formats.json_file import read_table
 from tools.conversion.formats.torch_files import TorchFiles
-from tools.conversion.source import Source
+from tools.conversion.source import Source, read_table
 
 _ROWS, _COLUMNS, _WHOLE = 0, 1, None  # the axis along which a weight is cut into shards
 

@@ -8,7 +8,7 @@ from megatron_ext.checkpoint.directory import MANIFEST, partial_path, publish
 from megatron_ext.checkpoint.read import WeightReader, Weights
 from megatron_ext.checkpoint.write import write_weights
 from tokenizer.formats.record import stored_record
-from tools.conversion.changes.lora import MergedWeights
+from tools.conversion.changes.weights import MergedWeights
 from tools.conversion.source import Source
 
 

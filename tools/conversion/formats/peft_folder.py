@@ -23,10 +23,9 @@ from megatron_ext.optim import TrainableConfig
 from megatron_ext.tensor_parallel import LoraConfig
 from tools.conversion.families import Family, family_of
 from tools.conversion.formats.hf_folder import describe
-from tools.conversion.formats.json_file import read_table
 from tools.conversion.formats.safetensors_file import write_safetensors
 from tools.conversion.rows import bind
-from tools.conversion.source import CONFIG, Source, check_shapes
+from tools.conversion.source import CONFIG, Source, check_shapes, read_table
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

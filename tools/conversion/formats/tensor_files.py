@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_ext.errors import RequestError
-from tools.conversion.formats.json_file import read_table
+from tools.conversion.source import read_table
 
 
 class Entry(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a model makes of one fixed prompt, step by step."""
+"""What a model makes of one fixed prompt, step by step; and this project's decoder run on it, straight from disk."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,10 +7,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-# By name, in the order of computation, all float32: EMBEDDING (what the first layer reads, [1, s, h]), `layer(0)` and
+from megatron_ext.checkpoint.read import Weights
+from megatron_ext.models import ModelConfig
+from megatron_ext.models.decoder import whole_model
+from megatron_ext.models.names import EMBEDDING, HEAD
+from megatron_ext.torch_private import put_parameter
+from tools.conversion.proof.stored_weight import StoredWeight
+
+# By name, in the order of computation, all float32: EMBEDDED (what the first layer reads, [1, s, h]), `layer(0)` and
 # on (what each gives, [1, s, h]), LOGITS [1, s, V].
 Outputs = dict[str, torch.Tensor]
-EMBEDDING, LOGITS = "embedding", "logits"
+EMBEDDED, LOGITS = "embedding", "logits"
 
 _LENGTH = 128
 
@@ -48,7 +55,7 @@ def record(layers: Iterable[nn.Module], run: Callable[[], torch.Tensor], title: 
 
 def _keep(module: nn.Module, number: int, outputs: Outputs, bar: tqdm) -> None:
     def keep_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        outputs[EMBEDDING] = args[0] if args else kwargs["hidden_states"]
+        outputs[EMBEDDED] = args[0] if args else kwargs["hidden_states"]
 
     def keep_output(_: nn.Module, args: Any, output: Any) -> None:
         outputs[layer(number)] = output[0] if isinstance(output, tuple) else output
@@ -57,3 +64,13 @@ def _keep(module: nn.Module, number: int, outputs: Outputs, bar: tqdm) -> None:
     if number == 0:
         module.register_forward_pre_hook(keep_input, with_kwargs=True)
     module.register_forward_hook(keep_output)
+
+
+def run_ours(model: ModelConfig, weights: Weights, ids: torch.Tensor) -> Outputs:
+    """Compute what the model makes of ids [1, s], in float32, a piece of a weight in memory at a time."""
+    decoder = whole_model(model)
+    for path, module in decoder.named_modules():
+        for own, _ in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            name = f"{path}.{own}"
+            put_parameter(module, own, StoredWeight(weights, EMBEDDING if model.tied and name == HEAD else name))
+    return record(decoder.layers.values(), lambda: decoder(ids), "running this project's decoder")

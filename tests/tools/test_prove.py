@@ -1,4 +1,4 @@
-"""The self-check of a conversion: quiet where both are one model, and right about where they are not."""
+"""The proof of a conversion: quiet where both are one model, and right about where they are not."""
 
 import dataclasses
 import json
@@ -18,12 +18,11 @@ from megatron_ext.models.decoder import whole_model
 from tests.families import MODELS, save_model
 from tests.megatron_ext.hugging_face import llama_like
 from tests.weights import InMemory
-from tools.conversion.changes.cast import CastWeights
+from tools.conversion.changes.weights import CastWeights
 from tools.conversion.formats.hf_folder import open_hf, open_tensors
-from tools.conversion.proof.outputs import EMBEDDING, LOGITS, Outputs, prompt
-from tools.conversion.proof.run_ours import run_ours
+from tools.conversion.proof.outputs import EMBEDDED, LOGITS, Outputs, prompt, run_ours
+from tools.conversion.proof.prove import TOLERANCE, compare, difference_of_weights
 from tools.conversion.proof.run_transformers import NotRunnable, run_transformers
-from tools.conversion.proof.self_check import TOLERANCE, compare, difference_of_weights
 
 transformers = pytest.importorskip("transformers")
 
@@ -75,7 +74,7 @@ def test_the_same_model_passes(change: dict[str, Any], tmp_path: Path) -> None:
     llama_like(model, weights).save_pretrained(tmp_path)
     ours = run_ours(model, InMemory(weights), IDS)
     comparison = compare(run_transformers(tmp_path, open_tensors(tmp_path), IDS), ours)
-    assert list(comparison.differences) == [EMBEDDING, "layer 0", "layer 1", "layer 2", "layer 3", LOGITS]
+    assert list(comparison.differences) == [EMBEDDED, "layer 0", "layer 1", "layer 2", "layer 3", LOGITS]
     assert max(comparison.differences.values()) < TOLERANCE / 10
     assert comparison.passed
     assert str(comparison).startswith("logits differ by at most")
@@ -135,8 +134,8 @@ MISTAKES: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
         lambda w: {"layers.1.mlp.up_proj.weight": w["layers.2.mlp.up_proj.weight"]},
     ),
     "last norm": (LOGITS, lambda w: {"norm.weight": torch.ones(64)}),
-    "embedding's rows shifted": (EMBEDDING, lambda w: {"embed_tokens.weight": w["embed_tokens.weight"].roll(1, 0)}),
-    "the last rows shifted": (EMBEDDING, lambda w: {"embed_tokens.weight": shifted(w["embed_tokens.weight"], 980)}),
+    "embedding's rows shifted": (EMBEDDED, lambda w: {"embed_tokens.weight": w["embed_tokens.weight"].roll(1, 0)}),
+    "the last rows shifted": (EMBEDDED, lambda w: {"embed_tokens.weight": shifted(w["embed_tokens.weight"], 980)}),
     "the head's last rows": (LOGITS, lambda w: {"lm_head.weight": shifted(w["lm_head.weight"], 995)}),
     "not a number": ("layer 3", of_layer(3, "mlp.up_proj", by=lambda up: up * torch.nan)),
 }
@@ -208,7 +207,7 @@ def test_every_family_module_by_module(family: str, tmp_path: Path) -> None:
     expected = model(input_ids=ids, output_hidden_states=True, use_cache=False)
     outputs = run_transformers(tmp_path, open_tensors(tmp_path), ids)
     # transformers' last hidden state is after the last norm
-    steps = [EMBEDDING, "layer 0", "layer 1", "layer 2", LOGITS]
+    steps = [EMBEDDED, "layer 0", "layer 1", "layer 2", LOGITS]
     assert list(outputs) == [*steps[:-1], "layer 3", LOGITS]
     for name, tensor in zip(steps, [*expected.hidden_states[:-1], expected.logits], strict=True):
         assert torch.equal(outputs[name], tensor)
@@ -284,9 +283,9 @@ MEMORY = """
 import sys
 from pathlib import Path
 from megatron_ext.checkpoint.read import WeightReader
-from tests.tools.test_self_check import deep
+from tests.tools.test_prove import deep
 from tools.conversion.proof.outputs import prompt
-from tools.conversion.proof.run_ours import run_ours
+from tools.conversion.proof.outputs import run_ours
 from tools.conversion.proof.run_transformers import run_transformers
 from tools.conversion.formats.hf_folder import open_tensors
 

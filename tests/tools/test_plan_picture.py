@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from tools.planning.timeline_picture import draw_timeline
+from tools.planning.picture import draw_timeline
 
 FORWARD, BACKWARD, INPUT, WEIGHTS = "#0072b2", "#e69f00", "#d55e00", "#009e73"
 
