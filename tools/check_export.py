@@ -34,7 +34,7 @@ from tools.conversion.formats.hf_folder import open_tensors
 from tools.conversion.formats.native import open_native
 from tools.conversion.proof.prove import TOLERANCE
 from tools.conversion.proof.run_transformers import NotRunnable
-from tools.conversion.proof.tokenizers import compare
+from tools.conversion.proof.tokenizers import compare_tokenizers
 from tools.conversion.source import Source
 
 
@@ -154,7 +154,7 @@ def _check_tokenizer(source: Source, record: TokenizerRecord, tokenizer: Tokeniz
         found = f"{own}, that of the run" if difference is None else f"it {difference}; the run's was {source.record}"
         first = Check("tokenizer", difference is None, found)
     try:
-        differences = compare(tokenizer, record, folder)
+        differences = compare_tokenizers(tokenizer, record, folder)
     except NotRunnable as error:
         raise RequestError(str(error)) from error
     if differences.ids is not None:

@@ -28,7 +28,7 @@ from tools.command import Parser, run
 from tools.picture import check_picture
 from tools.planning.calibrate import calibrated
 from tools.planning.picture import draw_plan
-from tools.planning.report import as_json, explanation, introduction, table, verdict, why_not
+from tools.planning.report import as_json, explain_alternative, explanation, introduction, table, verdict
 from tools.planning.request import LAYOUT_HELP, Planned, read_cluster, read_run
 from tools.planning.script import launch_script, layout_flags
 
@@ -115,7 +115,7 @@ def work(options: argparse.Namespace) -> int:
             search = Search(planned.base, cluster, program, options.memory_fraction, planned.allowed, bar.update)
             plans = _best(planned, options.objective, search)
             reasons = [
-                why_not(plans[0], other, options.objective)
+                explain_alternative(plans[0], other, options.objective)
                 for other in alternatives(search, plans[0], options.objective)
             ]
         say(

@@ -19,7 +19,7 @@ from tokenizer.formats.load import open_tokenizer
 from tokenizer.formats.record import record_of
 from tools import check_export
 from tools.command import run
-from tools.conversion.proof.tokenizers import compare
+from tools.conversion.proof.tokenizers import compare_tokenizers
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -235,6 +235,6 @@ def test_compare_sees_another_tokenizer(made: Path, tmp_path: Path) -> None:
     assert export(made, source, tmp_path / "hf", "--tokenizer", made / "bytes") == 0
     trained = open_tokenizer("", made / "bytes")
     record = record_of(trained)
-    assert compare(trained, record, tmp_path / "hf").severity == 0
+    assert compare_tokenizers(trained, record, tmp_path / "hf").severity == 0
     write_json(tmp_path / "hf" / "special_tokens_map.json", {"eos_token": "<bos>"})
-    assert compare(trained, record, tmp_path / "hf").ids == "has eos id 400 instead of 401"
+    assert compare_tokenizers(trained, record, tmp_path / "hf").ids == "has eos id 400 instead of 401"

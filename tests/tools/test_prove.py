@@ -21,7 +21,7 @@ from tests.weights import InMemory
 from tools.conversion.changes.weights import CastWeights
 from tools.conversion.formats.hf_folder import open_hf, open_tensors
 from tools.conversion.proof.outputs import EMBEDDED, LOGITS, Outputs, prompt, run_ours
-from tools.conversion.proof.prove import TOLERANCE, compare, difference_of_weights
+from tools.conversion.proof.prove import TOLERANCE, compare_outputs, difference_of_weights
 from tools.conversion.proof.run_transformers import NotRunnable, run_transformers
 
 transformers = pytest.importorskip("transformers")
@@ -73,7 +73,7 @@ def test_the_same_model_passes(change: dict[str, Any], tmp_path: Path) -> None:
     weights = random_weights(model)
     llama_like(model, weights).save_pretrained(tmp_path)
     ours = run_ours(model, InMemory(weights), IDS)
-    comparison = compare(run_transformers(tmp_path, open_tensors(tmp_path), IDS), ours)
+    comparison = compare_outputs(run_transformers(tmp_path, open_tensors(tmp_path), IDS), ours)
     assert list(comparison.differences) == [EMBEDDED, "layer 0", "layer 1", "layer 2", "layer 3", LOGITS]
     assert max(comparison.differences.values()) < TOLERANCE / 10
     assert comparison.passed
@@ -144,7 +144,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_found_where_they_are(mistake: str, weights: Tensors, theirs: Outputs) -> None:
     where, change = MISTAKES[mistake]
-    comparison = compare(theirs, run_ours(MODEL, InMemory(weights | change(weights)), IDS))
+    comparison = compare_outputs(theirs, run_ours(MODEL, InMemory(weights | change(weights)), IDS))
     assert not comparison.passed
     line = str(comparison)
     assert line.startswith(f"{where} "), line
@@ -165,7 +165,7 @@ def test_mistakes_are_found_where_they_are(mistake: str, weights: Tensors, their
     ],
 )
 def test_mistakes_of_the_configuration(change: dict[str, Any], weights: Tensors, theirs: Outputs) -> None:
-    comparison = compare(theirs, run_ours(dataclasses.replace(MODEL, **change), InMemory(weights), IDS))
+    comparison = compare_outputs(theirs, run_ours(dataclasses.replace(MODEL, **change), InMemory(weights), IDS))
     assert str(comparison).startswith("layer 0 is the first that differs")
     assert str(comparison).endswith("(embedding: 0.0e+00)")
 
@@ -173,10 +173,10 @@ def test_mistakes_of_the_configuration(change: dict[str, Any], weights: Tensors,
 def test_runs_that_cannot_be_compared_do_not_pass(weights: Tensors, theirs: Outputs) -> None:
     for number in (3, 5):
         model = dataclasses.replace(MODEL, num_layers=number)
-        comparison = compare(theirs, run_ours(model, InMemory(random_weights(model) | weights), IDS))
+        comparison = compare_outputs(theirs, run_ours(model, InMemory(random_weights(model) | weights), IDS))
         assert not comparison.passed
     broken = theirs | {LOGITS: theirs[LOGITS] * torch.inf}
-    assert not compare(broken, broken).passed
+    assert not compare_outputs(broken, broken).passed
 
 
 def test_a_larger_vocabulary_is_compared_in_the_old_rows(weights: Tensors, theirs: Outputs) -> None:
@@ -184,8 +184,8 @@ def test_a_larger_vocabulary_is_compared_in_the_old_rows(weights: Tensors, their
         name: torch.cat([weights[name], torch.randn(50, 64)]) for name in ("embed_tokens.weight", "lm_head.weight")
     }
     ours = run_ours(dataclasses.replace(MODEL, vocab_size=1047), InMemory(weights | grown), IDS)
-    assert compare(theirs, ours, rows=997).passed
-    assert not compare(theirs, ours).passed
+    assert compare_outputs(theirs, ours, rows=997).passed
+    assert not compare_outputs(theirs, ours).passed
 
 
 def test_rounded_weights_are_compared_with_rounded_weights(weights: Tensors, tmp_path: Path) -> None:
@@ -193,8 +193,8 @@ def test_rounded_weights_are_compared_with_rounded_weights(weights: Tensors, tmp
     llama_like(MODEL, weights).save_pretrained(tmp_path)
     ours = run_ours(MODEL, InMemory(half), IDS)
     stored = open_tensors(tmp_path)
-    assert compare(run_transformers(tmp_path, CastWeights(stored, torch.bfloat16), IDS), ours).passed
-    assert not compare(run_transformers(tmp_path, stored, IDS), ours).passed
+    assert compare_outputs(run_transformers(tmp_path, CastWeights(stored, torch.bfloat16), IDS), ours).passed
+    assert not compare_outputs(run_transformers(tmp_path, stored, IDS), ours).passed
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -213,7 +213,7 @@ def test_every_family_module_by_module(family: str, tmp_path: Path) -> None:
         assert torch.equal(outputs[name], tensor)
 
     source = open_hf(tmp_path)
-    comparison = compare(outputs, run_ours(source.model, source.weights, ids))
+    comparison = compare_outputs(outputs, run_ours(source.model, source.weights, ids))
     assert comparison.passed, str(comparison)
 
 
@@ -224,7 +224,9 @@ def test_names_without_the_prefix_of_the_base_model(tmp_path: Path) -> None:
     ids = prompt(97, 64)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-    comparison = compare({LOGITS: expected}, {LOGITS: run_transformers(tmp_path, InMemory(stored), ids)[LOGITS]})
+    comparison = compare_outputs(
+        {LOGITS: expected}, {LOGITS: run_transformers(tmp_path, InMemory(stored), ids)[LOGITS]}
+    )
     assert comparison.passed
 
 

@@ -96,7 +96,7 @@ def explanation(plan: Plan, memory_share: float) -> list[str]:
 _NAMES = {"tp": "TP", "pp": "PP", "zero": "ZeRO-", "micro_batch": "microbatch", "recompute": "recompute"}
 
 
-def why_not(best: Plan, alternative: Alternative, objective: str) -> str:
+def explain_alternative(best: Plan, alternative: Alternative, objective: str) -> str:
     """Say in one line what this other decision would cost at its best."""
     name = _NAMES.get(alternative.aspect, "")
     value = alternative.value or "none"

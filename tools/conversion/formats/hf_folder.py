@@ -97,7 +97,7 @@ def write_hf(source: Source, folder: Path, shard_bytes: int, model_type: str | N
 
     model_type: of FAMILIES; by default the one that the model came from, else the first that has words for it.
     """
-    family, files = describe(source, model_type)
+    family, files = config_files(source, model_type)
     weights = to_theirs(source.weights, bind(family.rules, source.model))
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -113,7 +113,7 @@ def write_hf(source: Source, folder: Path, shard_bytes: int, model_type: str | N
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def describe(source: Source, model_type: str | None) -> tuple[Family, dict[str, Any]]:
+def config_files(source: Source, model_type: str | None) -> tuple[Family, dict[str, Any]]:
     """Choose the family to which a model goes, and make config.json and generation_config.json, by file name.
 
     What came with the model stays as it was, but for what has changed. Raises RequestError where the family lacks

@@ -22,7 +22,7 @@ from megatron_ext.models.names import EMBEDDING, HEAD
 from megatron_ext.optim import TrainableConfig
 from megatron_ext.tensor_parallel import LoraConfig
 from tools.conversion.families import Family, family_of
-from tools.conversion.formats.hf_folder import describe
+from tools.conversion.formats.hf_folder import config_files
 from tools.conversion.formats.safetensors_file import write_safetensors
 from tools.conversion.rows import bind
 from tools.conversion.source import CONFIG, Source, check_shapes, read_table
@@ -64,7 +64,7 @@ def open_adapters(folder: Path, base_model: str | None) -> Adapters:
     check_shapes(stored.shapes, parameter_shapes(model, lora), f"--input {checkpoint}", MANIFEST)
     model_type = None if base_model is None else _check_base(base_model, model)
     source = Source(model, stored, tokenizer=None, origin="native", hugging_face=manifest.hugging_face)
-    family, _ = describe(source, model_type)
+    family, _ = config_files(source, model_type)
     return Adapters(model, lora, PeftWeights(stored, _peft_names(family, model, lora)), base_model)
 
 

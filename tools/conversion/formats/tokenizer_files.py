@@ -20,7 +20,7 @@ from tokenizer.formats.sentencepiece_model import read_model
 from tokenizer.formats.tokenizer_json import read_object, special_names, with_bos
 from tools.conversion.proof.prove import NotEqual
 from tools.conversion.proof.run_transformers import NotRunnable
-from tools.conversion.proof.tokenizers import Differences, compare
+from tools.conversion.proof.tokenizers import Differences, compare_tokenizers
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
 SETTINGS, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
@@ -79,7 +79,7 @@ def write(flag: str, source: Path, record: TokenizerRecord, folder: Path, rows: 
     for configuration in configurations:
         _write_object(folder / SETTINGS, configuration)
         try:
-            found = compare(tokenizer, record, folder)
+            found = compare_tokenizers(tokenizer, record, folder)
         except NotRunnable as error:
             return f"tokenizer files written; which ids transformers gives with them was not compared: {error}"
         if best is None or found.severity < best[1].severity:

@@ -42,7 +42,7 @@ def prompt(vocab_size: int, longest: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def record(layers: Iterable[nn.Module], run: Callable[[], torch.Tensor], title: str) -> Outputs:
+def record_outputs(layers: Iterable[nn.Module], run: Callable[[], torch.Tensor], title: str) -> Outputs:
     """Run a model and keep what its decoder layers read and give. run: gives the logits."""
     outputs: Outputs = {}
     modules = list(layers)
@@ -73,4 +73,4 @@ def run_ours(model: ModelConfig, weights: Weights, ids: torch.Tensor) -> Outputs
         for own, _ in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             name = f"{path}.{own}"
             put_parameter(module, own, StoredWeight(weights, EMBEDDING if model.tied and name == HEAD else name))
-    return record(decoder.layers.values(), lambda: decoder(ids), "running this project's decoder")
+    return record_outputs(decoder.layers.values(), lambda: decoder(ids), "running this project's decoder")

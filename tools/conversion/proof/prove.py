@@ -1,8 +1,8 @@
 """The proof of a conversion: nothing was lost on the way to disk, and both ends compute the same.
 
 Two checks that find different mistakes. `difference_of_weights` finds what was lost between memory and disk, in any
-tensor, to the last bit; a wrong mapping it cannot see, for both sides went through it. `compare` finds that one: of two
-programs that ran the two forms of the model on one prompt.
+tensor, to the last bit; a wrong mapping it cannot see, for both sides went through it. `compare_outputs` finds it:
+of two programs that ran the two forms of the model on one prompt.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class Comparison:
         return f"{names[first]} {verb} the first that differs: {figure:.1e} of its largest value{before}"
 
 
-def compare(reference: Outputs, result: Outputs, rows: int | None = None) -> Comparison:
+def compare_outputs(reference: Outputs, result: Outputs, rows: int | None = None) -> Comparison:
     """Compare two runs on the same ids. rows: how many of the logits, where the result has a larger vocabulary."""
     differences = {}
     for name in reference | result:  # in this order, and none left out
@@ -134,7 +134,7 @@ def prove(before: Form, dtype: torch.dtype | None, sent: Source, after: Form) ->
     model = before.source.model
     ids = prompt(model.vocab_size, model.max_position_embeddings)
     (one, reference), (other, result) = _run(before, dtype, ids), _run(after, None, ids)
-    comparison = compare(reference, result, rows=model.vocab_size)
+    comparison = compare_outputs(reference, result, rows=model.vocab_size)
     if not comparison.passed:
         raise NotEqual(f"of {ids.shape[1]} tokens, source by {one}, result by {other}: {comparison}")
     return f"{count}; {comparison} (source by {one}, result by {other})"

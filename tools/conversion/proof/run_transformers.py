@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from megatron_ext.checkpoint.read import Weights
 from megatron_ext.errors import RequestError
 from megatron_ext.torch_private import put_parameter
-from tools.conversion.proof.outputs import Outputs, record
+from tools.conversion.proof.outputs import Outputs, record_outputs
 from tools.conversion.proof.stored_weight import StoredWeight
 from tools.conversion.source import CONFIG
 
@@ -51,7 +51,7 @@ def run_transformers(folder: Path, tensors: Weights, ids: torch.Tensor) -> Outpu
     )
     options = {"attention_mask": torch.ones_like(ids), "use_cache": False}
     try:
-        return record(layers, lambda: model(input_ids=ids, **options).logits, "running transformers' model")
+        return record_outputs(layers, lambda: model(input_ids=ids, **options).logits, "running transformers' model")
     except RequestError:
         raise
     except Exception as error:  # of many kinds, by model

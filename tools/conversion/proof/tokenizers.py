@@ -35,7 +35,7 @@ class Differences:
         )
 
 
-def compare(tokenizer: Tokenizer, record: TokenizerRecord, folder: Path) -> Differences:
+def compare_tokenizers(tokenizer: Tokenizer, record: TokenizerRecord, folder: Path) -> Differences:
     """Compare training's tokenizer with transformers' AutoTokenizer of `folder`.
 
     Raises:
