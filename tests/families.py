@@ -32,6 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 4, "n_head": 4}),
     "bloom of six heads": ("bloom", {"hidden_size": 48, "n_layer": 4, "n_head": 6}),
     "opt": ("opt", _COMMON | {"num_hidden_layers": 4, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": 80}),
     "falcon 7b": ("falcon", _FALCON),
     "falcon of many keys, biased": ("falcon", _FALCON | {"multi_query": False, "bias": True, "num_kv_heads": 4}),
     "falcon 11b": (

@@ -3,7 +3,7 @@
 LLaMA: arXiv 2302.13971, table 2. Llama 2: arXiv 2307.09288. Llama 3: arXiv 2407.21783, table 3.
 TinyLlama: arXiv 2401.02385. Chinese-LLaMA: arXiv 2304.08177 (LLaMA with 49953 pieces). Mistral: arXiv 2310.06825.
 Qwen2.5: arXiv 2412.15115. Qwen3: arXiv 2505.09388. GLM-4: arXiv 2406.12793. BLOOM: arXiv 2211.05100, table 3.
-OPT: arXiv 2205.01068, table 1. Falcon: arXiv 2311.16867.
+OPT: arXiv 2205.01068, table 1. Falcon: arXiv 2311.16867. GPT-2: Radford et al. 2019, table 2.
 """
 
 import dataclasses
@@ -34,6 +34,12 @@ _OPT = _LAYER_NORM | {
     "position_embedding_type": "learned_absolute",
     "position_embedding_offset": 2,
     "add_bias_linear": True,
+}
+_GPT2 = _LAYER_NORM | {
+    "activation": "gelu-tanh",
+    "position_embedding_type": "learned_absolute",
+    "add_bias_linear": True,
+    "max_position_embeddings": 1024,
 }
 _FALCON = _LAYER_NORM | {"activation": "gelu"}
 _GLM = {"add_qkv_bias": True, "rotary_percent": 0.5, "rotary_interleaved": True, "norm_epsilon": 1.5625e-07}
@@ -92,6 +98,10 @@ def _presets() -> dict[str, ModelConfig]:
         "opt-66b": _shape(64, 9216, 36864, 72, 50272, **_OPT),
         "falcon-7b": _shape(32, 4544, 18176, 71, 65024, num_query_groups=1, parallel_residual="one-norm", **_FALCON),
         "falcon-40b": _shape(60, 8192, 32768, 128, 65024, num_query_groups=8, parallel_residual="two-norms", **_FALCON),
+        "gpt2": _shape(12, 768, 3072, 12, 50257, **_GPT2),
+        "gpt2-medium": _shape(24, 1024, 4096, 16, 50257, **_GPT2),
+        "gpt2-large": _shape(36, 1280, 5120, 20, 50257, **_GPT2),
+        "gpt2-xl": _shape(48, 1600, 6400, 25, 50257, **_GPT2),
     }
 
 

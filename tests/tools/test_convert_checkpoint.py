@@ -146,7 +146,7 @@ BROKEN = {
     "truncated weights": (_truncate, "model.safetensors is not a whole safetensors file"),
     "missing weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
-    "another architecture": (lambda f: _edit(f, model_type="gpt2"), "model_type 'gpt2' is not supported"),
+    "another architecture": (lambda f: _edit(f, model_type="phi3"), "model_type 'phi3' is not supported"),
     "wrong width": (
         lambda f: _edit(f, hidden_size=64, head_dim=16),
         "embed_tokens.weight is (997, 32), config.json asks for (997, 64)",

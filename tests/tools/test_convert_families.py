@@ -105,6 +105,20 @@ def test_absent_fields_mean_what_transformers_takes_them_for(family: str) -> Non
     assert FAMILIES[family].read(short).resolved() == FAMILIES[family].read(config).resolved()
 
 
+def test_a_field_by_another_name_is_changed_too() -> None:
+    config = {"model_type": "gpt2", "max_position_embeddings": 64}
+    changed = dataclasses.replace(FAMILIES["gpt2"].read(config), max_position_embeddings=77)
+    assert FAMILIES["gpt2"].read(FAMILIES["gpt2"].update(config, changed)) == changed
+
+
+def test_buffers_of_older_folders_are_no_weights(tmp_path: Path) -> None:
+    save_model("gpt2", tmp_path / "hf")
+    weights = tensors(tmp_path / "hf")
+    weights |= {"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(weights, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    assert to_native(tmp_path / "hf", tmp_path / "native") == 0
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_what_changed_is_said_and_the_rest_stays(name: str) -> None:
     config = make_model(name).config.to_dict() | {"a_field_of_its_own": 7}
@@ -122,7 +136,7 @@ def test_what_changed_is_said_and_the_rest_stays(name: str) -> None:
     assert family.update(config, model) == config
     rope = {"rope_parameters", "rope_theta", "rope_scaling"}
     differ = {key for key in config.keys() | updated.keys() if config.get(key) != updated.get(key)} - rope
-    assert differ <= {"vocab_size", "max_position_embeddings", "seq_length", "partial_rotary_factor"}
+    assert differ <= {"vocab_size", "max_position_embeddings", "n_positions", "seq_length", "partial_rotary_factor"}
     theirs = transformers.AutoConfig.for_model(**updated)  # and transformers understands it so
     if family.rotary:
         assert (theirs.rope_parameters["rope_theta"], theirs.rope_parameters["factor"]) == (5e4, 4.0)

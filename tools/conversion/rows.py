@@ -36,12 +36,14 @@ class Rule:
         theirs, ours: names; "{}" stands for the number of a layer. A rule holds for the models that have `ours`.
         groups: into how many groups theirs is cut; each has an equal share of the rows of every one of ours, in order.
         when: of those models, for which.
+        transposed: theirs is stored as [in, out]; its rows are what is said here of its columns.
     """
 
     theirs: str
     ours: tuple[str, ...]
     groups: Callable[[ModelConfig], int] = one
     when: Callable[[ModelConfig], bool] = always
+    transposed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Binding:
     theirs: str
     ours: tuple[str, ...]
     groups: int
+    transposed: bool = False
 
 
 def bind(rules: Sequence[Rule], model: ModelConfig) -> list[Binding]:
@@ -63,7 +66,7 @@ def bind(rules: Sequence[Rule], model: ModelConfig) -> list[Binding]:
             for rule in block_rules:
                 ours = tuple(name.format(layer) for name in rule.ours)
                 if all(name in shapes for name in ours):
-                    bindings.append(Binding(rule.theirs.format(layer), ours, rule.groups(model)))
+                    bindings.append(Binding(rule.theirs.format(layer), ours, rule.groups(model), rule.transposed))
     bound = {name for binding in bindings for name in binding.ours}
     assert bound == shapes.keys(), f"no rule for {sorted(shapes.keys() - bound)}"
     return bindings
@@ -108,7 +111,25 @@ class RowView:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def to_theirs(weights: Weights, bindings: Iterable[Binding]) -> RowView:
+class Transposed:
+    """`Weights` of which some matrices are given with rows and columns exchanged."""
+
+    def __init__(self, weights: Weights, bindings: Iterable[Binding]):
+        self._weights = weights
+        self._names = {binding.theirs for binding in bindings if binding.transposed}
+        self.shapes = {name: self._turned(name, shape) for name, shape in weights.shapes.items()}
+        self.dtypes = weights.dtypes
+
+    def _turned(self, name: str, shape: torch.Size) -> torch.Size:
+        return torch.Size(reversed(shape)) if name in self._names else shape
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if name not in self._names:
+            return self._weights.read_rows(name, start, stop)
+        return self._weights.read_rows(name, 0, self._weights.shapes[name][0])[:, start:stop].T.contiguous()
+
+
+def to_theirs(weights: Weights, bindings: Sequence[Binding]) -> Weights:
     """Give our weights under their names and in their order of rows."""
     segments: dict[str, list[_Segment]] = {}
     for binding in bindings:
@@ -116,10 +137,10 @@ def to_theirs(weights: Weights, bindings: Iterable[Binding]) -> RowView:
         segments[binding.theirs] = [
             (name, group * size, (group + 1) * size) for group in range(binding.groups) for name, size in sizes
         ]
-    return RowView(weights, segments)
+    return Transposed(RowView(weights, segments), bindings)
 
 
-def to_ours(weights: Weights, bindings: Iterable[Binding], model: ModelConfig) -> RowView:
+def to_ours(weights: Weights, bindings: Sequence[Binding], model: ModelConfig) -> Weights:
     """Give their weights, of the shapes that `theirs_shapes` says, under our names, in the order of the model."""
     shapes = parameter_shapes(model)
     segments: dict[str, list[_Segment]] = {name: [] for name in shapes}
@@ -130,13 +151,16 @@ def to_ours(weights: Weights, bindings: Iterable[Binding], model: ModelConfig) -
                 (binding.theirs, group * sum(sizes) + offset, group * sum(sizes) + offset + size)
                 for group in range(binding.groups)
             ]
-    return RowView(weights, segments)
+    return RowView(Transposed(weights, bindings), segments)
 
 
 def theirs_shapes(bindings: Iterable[Binding], model: ModelConfig) -> dict[str, torch.Size]:
     """Say what shape every one of their tensors must have."""
     shapes = parameter_shapes(model)
-    return {
-        binding.theirs: torch.Size([sum(shapes[name][0] for name in binding.ours), *shapes[binding.ours[0]][1:]])
+    sizes = {
+        binding: torch.Size([sum(shapes[name][0] for name in binding.ours), *shapes[binding.ours[0]][1:]])
         for binding in bindings
+    }
+    return {
+        binding.theirs: torch.Size(reversed(size)) if binding.transposed else size for binding, size in sizes.items()
     }

@@ -8,13 +8,14 @@ from tools.conversion.families.bloom import BLOOM
 from tools.conversion.families.falcon import FALCON
 from tools.conversion.families.family import Family
 from tools.conversion.families.glm import GLM
+from tools.conversion.families.gpt2 import GPT2
 from tools.conversion.families.llama import LLAMA
 from tools.conversion.families.mistral import MISTRAL
 from tools.conversion.families.opt import OPT
 from tools.conversion.families.qwen2 import QWEN2
 from tools.conversion.families.qwen3 import QWEN3
 
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GLM, BLOOM, OPT, FALCON)}
+FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GLM, BLOOM, OPT, FALCON, GPT2)}
 
 
 def family_of(config: dict[str, Any]) -> Family:

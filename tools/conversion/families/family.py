@@ -37,6 +37,7 @@ class Family:
         read_more: config.json -> further ModelConfig fields; raises RequestError for what is not supported.
         write_more: ModelConfig -> further fields of config.json.
         optional_prefix: of tensors' names, left out by folders that hold the model without its head.
+        derived: ends of names of tensors that follow from config.json, which old folders store too.
     """
 
     model_type: str
@@ -53,6 +54,7 @@ class Family:
     read_more: Callable[[Config], dict[str, Any]] = _nothing
     write_more: Callable[[ModelConfig], Config] = _nothing
     optional_prefix: str = "model."
+    derived: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
     def read(self, config: Config) -> ModelConfig:
         """The shape that config.json describes. Raises RequestError naming what is missing or not supported."""
@@ -112,4 +114,4 @@ class Family:
         if not changed.keys().isdisjoint(("rope_theta", "rope_scaling", "partial_rotary_factor")):
             config = {name: value for name, value in config.items() if name != "rope_parameters"}
             changed |= write_rope(model, self.partial)
-        return config | changed
+        return {name: value for name, value in config.items() if self.aliases.get(name) not in changed} | changed

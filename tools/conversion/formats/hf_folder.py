@@ -28,7 +28,6 @@ _ELSEWHERE = {
     "adapter_config.json": "an adapter on top of the weights",
     "shard-?????-model-?????-of-?????.safetensors": "a distributed checkpoint instead",
 }
-_DERIVED = "rotary_emb.inv_freq"  # old folders also store what follows from config.json
 
 
 def open_hf(folder: Path) -> Source:
@@ -68,7 +67,7 @@ def _locate(bindings: list[Binding], stored: Weights, family: Family, model: Mod
     if len(whole) < len(stored.shapes):
         short = next(name for name in stored.shapes if prefix + name in stored.shapes)
         raise RequestError(f"{where}: {prefix}{short} and {short} are one weight: remove one of them")
-    found = {full: name for full, name in whole.items() if not full.endswith(_DERIVED)}
+    found = {full: name for full, name in whole.items() if not full.endswith(family.derived)}
     spare_head = found.pop(HEAD, None) if HEAD not in wanted else None
     check_shapes({full: stored.shapes[name] for full, name in found.items()}, wanted, where, CONFIG)
     check_dtypes({name: stored.dtypes[name] for name in found.values()}, where)

@@ -160,6 +160,11 @@ def _peft_names(family: Family, model: ModelConfig, lora: LoraConfig) -> dict[st
                     f"--to peft: {linear} is a part of {binding.theirs} in a {family.model_type} model, and its "
                     "adapter cannot stand alone there: merge instead, with --to hf"
                 )
+            if binding.transposed:
+                raise RequestError(
+                    f"--to peft: {linear} lies as [in, out] in a {family.model_type} model, and adapters for that are "
+                    "not built: merge instead, with --to hf"
+                )
             names[_PREFIX + binding.theirs.removesuffix(".weight") + (_A if part == "a" else _B)] = name
         elif trainable.trains(name):
             names[_PREFIX + bindings[name].theirs] = name
