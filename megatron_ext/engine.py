@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_ext.attention import Choice
 from megatron_ext.errors import RequestError
 from megatron_ext.footprint import ModelStates
 from megatron_ext.kernels import KernelConfig, load_kernels
 from megatron_ext.mesh import ParallelConfig, ProcessGrid
 from megatron_ext.models import AttentionInputs, Decoder, ModelConfig, initialize_weights, parameter_shapes
+from megatron_ext.models.attention_inputs import chosen_attention
 from megatron_ext.models.count import flops_per_token
 from megatron_ext.models.names import is_adapter
 from megatron_ext.optim import LossScaler, OptimizerConfig, PrecisionConfig, ShardedOptimizer, States, TrainableConfig
@@ -92,7 +94,7 @@ class EngineConfig:
         self.precision.validate()
         self.zero.validate_flags(self.precision.bf16)
         self._validate_trainable()
-        load_kernels(self.kernels)
+        self.attention(torch.device("cuda"), torch.device("cpu"))
         pp = self.parallel.pipeline_model_parallel_size
         layout = plan_stages(self.pipeline, self.model, pp, batch.microbatches(dp))
         if tp > 1 and layout.order.splits_backward:
@@ -147,6 +149,15 @@ class EngineConfig:
             bf16=self.precision.bf16,
         )
 
+    def attention(self, *devices: torch.device, documents: bool = False) -> Choice:
+        """The attention backend on the first of `devices` that can, and why. documents: attention stays within them.
+
+        Raises RequestError where that which was asked for can on none of them.
+        """
+        tp, length = self.parallel.tensor_model_parallel_size, self.batch.seq_length
+        kernels, dtype = load_kernels(self.kernels), self.precision.compute
+        return chosen_attention(kernels, self.model, length, documents, tp, devices, dtype)
+
     def flops_per_token(self, causal: bool) -> float:
         """Model FLOPs of what is trained, adapters included; see `models.count.flops_per_token`."""
         trained, adapters = _weights_in_products(self.model, self.adapters, self.trainable)
@@ -186,7 +197,9 @@ class Engine:
         n_microbatches = config.batch.microbatches(grid.dp_size)
         self.layout = plan_stages(config.pipeline, config.model, grid.size("pp"), n_microbatches)
         tp = TensorParallel.from_grid(grid, config.parallel.sequence_parallel)
-        inputs = AttentionInputs(config.model, tp, config.precision.compute)
+        inputs = AttentionInputs(config.model, tp, config.precision.compute, load_kernels(config.kernels))
+        if grid.device.type != "meta":
+            config.attention(grid.device)
         decoders = {i: self._build_decoder(i, tp, inputs) for i in self.layout.on_rank(grid.rank("pp"))}
         self.stages, self.optimizer = self._with_optimizer(decoders)
         self.parameters = _named_parameters(decoders.values())
@@ -204,7 +217,7 @@ class Engine:
                 config.model,
                 self.layout.stages[index],
                 tp,
-                load_kernels(config.kernels),
+                inputs.kernels,
                 config.precision.compute,
                 config.recompute.recompute_granularity,
                 inputs,

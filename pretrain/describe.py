@@ -4,6 +4,7 @@ import dataclasses
 
 import yaml
 
+from megatron_ext.attention import Choice
 from megatron_ext.checkpoint import Manifest, differences, model_of
 from megatron_ext.engine import EngineConfig
 from megatron_ext.mesh import ProcessGrid
@@ -22,8 +23,11 @@ _SCHEDULE = {
 }  # fmt: skip
 
 
-def describe(config: EngineConfig, grid: ProcessGrid) -> list[str]:
-    """The model and how it is spread; then, where only some parameters are trained, which. config: validated."""
+def describe(config: EngineConfig, grid: ProcessGrid, attention: Choice) -> list[str]:
+    """The model and how it is spread, how attention is computed; then, where only some parameters are trained, which.
+
+    config: validated.
+    """
     selections = select(config.trainable, parameter_shapes(config.model, config.adapters))
     total = sum(s.trained + s.frozen for s in selections)
     compute = str(config.precision.compute).removeprefix("torch.")
@@ -33,6 +37,7 @@ def describe(config: EngineConfig, grid: ProcessGrid) -> list[str]:
         f"{total:,} parameters, vocabulary {config.model.vocab_size} | {grid.describe} | {config.zero.describe} | "
         f"{config.batch.microbatches(grid.dp_size)} microbatches of {config.batch.micro_batch_size} x "
         f"{config.batch.seq_length} tokens per rank | compute in {compute}",
+        f"attention: {attention.why}",
         *describe_selections(selections),
     ]
 
@@ -40,7 +45,8 @@ def describe(config: EngineConfig, grid: ProcessGrid) -> list[str]:
 def introduction(run: Run) -> list[str]:
     """Say what a run is, and where it begins, in the lines before its first step."""
     config, layout = run.config, run.engine.layout
-    lines = describe(config.engine, run.grid)
+    attention = config.engine.attention(run.grid.device, documents=config.data.reset_attention_mask)
+    lines = describe(config.engine, run.grid, attention)
     if len(layout.stages) > 1:
         cut = " | ".join(
             f"stage {i} (rank {rank}): layers {stage.first}-{stage.last - 1}"

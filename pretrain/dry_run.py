@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from megatron_ext.engine import Engine, EngineConfig
+from megatron_ext.errors import RequestError
 from megatron_ext.fake_world import destroy_fake_world, init_fake_world
 from megatron_ext.footprint import ModelStates, held
 from megatron_ext.mesh import ProcessGrid, build_grid
@@ -27,7 +28,7 @@ from megatron_ext.torch_private import compute_local_shape_and_global_offset
 from megatron_ext.zero import ZeroConfig
 from pretrain.config import RunConfig
 from pretrain.describe import describe
-from pretrain.validate import NEEDS_CUDA
+from pretrain.validate import devices
 from tokenizer.output import text_table
 
 _STATES = tuple(field.name for field in dataclasses.fields(ModelStates))
@@ -52,7 +53,8 @@ def dry_run(config: RunConfig) -> None:
     check_names(built[:: len(built) // pp], shapes)
 
     with _fake_grid(resolved, world_size, 0) as grid:
-        introduction = describe(resolved, grid)
+        attention = resolved.attention(*devices(config), documents=config.data.reset_attention_mask)
+        introduction = describe(resolved, grid, attention)
     memory = pipeline_memory(resolved, world_size)
     parameters = [pp_rank_elements(resolved, world_size, pp_rank).weights for pp_rank in range(pp)]
     most = max(of_rank.total for of_rank in memory)
@@ -175,9 +177,12 @@ def remarks(config: RunConfig, n_built: int, most: float) -> list[str]:
     lines = [checked]
     if not config.data.data_path:
         lines.append("data: not given, not checked")
-    backend = config.engine.kernels.attention_backend
-    if backend in NEEDS_CUDA and not torch.cuda.is_available():
-        lines.append(f"--attention-backend {backend}: not checked, there is no CUDA device here")
+    if not torch.cuda.is_available():
+        try:
+            config.engine.attention(torch.device("cpu"))
+        except RequestError:
+            backend = config.engine.kernels.attention_backend
+            lines.append(f"--attention-backend {backend}: not checked, there is no CUDA device here")
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         fits = "fits into" if most <= gpu.total_memory else "does not fit into"

@@ -15,8 +15,6 @@ from pretrain.data import check_data
 from pretrain.resize import plan_expansion
 from pretrain.run_tokenizer import run_tokenizer
 
-NEEDS_CUDA = ("cudnn", "efficient")
-
 
 def validate(config: RunConfig) -> None:
     """Raise RequestError for the first thing that cannot be done as asked. Writes nothing, talks to nobody.
@@ -30,7 +28,7 @@ def validate(config: RunConfig) -> None:
     assert config.training.train_iters is not None
     config.engine.optimizer.validate(config.training.train_iters)
     config.engine.validate(config.dry.ranks)
-    _check_kernels(config)
+    config.engine.attention(*devices(config), documents=config.data.reset_attention_mask)
     if config.data.data_path:
         splits = ("train",) if config.training.eval_interval is None else ("train", "valid")
         check_data(config.data, config.engine.batch.seq_length, config.engine.model.vocab_size, splits=splits)
@@ -60,10 +58,8 @@ def validate(config: RunConfig) -> None:
     load_callbacks(config.callbacks)
 
 
-def _check_kernels(config: RunConfig) -> None:
-    """What torch would refuse only at the first step."""
-    backend = config.engine.kernels.attention_backend
-    if backend in NEEDS_CUDA and not torch.cuda.is_available() and not config.dry.dry_run:
-        raise RequestError(f"--attention-backend {backend} needs a CUDA device: use auto, flash or math here")
-    if backend == "flash" and config.data.reset_attention_mask:
-        raise RequestError("--attention-backend flash cannot mask documents (--reset-attention-mask): use auto")
+def devices(config: RunConfig) -> list[torch.device]:
+    """Kinds of device that the run is for, the likeliest first: what is here, or in a dry run whatever may be."""
+    if config.dry.dry_run and not torch.cuda.is_available():
+        return [torch.device("cuda"), torch.device("cpu")]
+    return [torch.device("cuda" if torch.cuda.is_available() else "cpu")]

@@ -4,9 +4,9 @@ import dataclasses
 from typing import Any
 
 from megatron_ext.errors import RequestError
+from megatron_ext.kernels.activation import ACTIVATIONS
 from megatron_ext.option import check_types, flag_of, option, refuse_unused
 
-ACTIVATIONS = ("swiglu", "gelu", "gelu-tanh", "relu")
 _MOST_LAYERS = 10_000
 
 
@@ -36,7 +36,7 @@ class ModelConfig:
     # what LLaMA's relatives do otherwise
     normalization: str = option("RMSNorm", "kind of the norms", choices=("RMSNorm", "LayerNorm"))
     activation: str = option(
-        "swiglu", "of the feed-forward network; all but swiglu are without a gate", choices=ACTIVATIONS
+        "swiglu", "of the feed-forward network; all but swiglu are without a gate", choices=tuple(ACTIVATIONS)
     )
     position_embedding_type: str = option(
         "rope", "how tokens know their positions", choices=("rope", "alibi", "learned_absolute")

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ext.kernels import KernelConfig, Kernels, load_kernels
+from megatron_ext.attention import Attend
+from megatron_ext.kernels import Backend, KernelConfig, load_kernels
 from megatron_ext.models.attention import Attention
 from megatron_ext.models.attention_inputs import AttentionInputs
 from megatron_ext.models.config import ModelConfig
-from megatron_ext.models.feed_forward import make_mlp
-from megatron_ext.models.norm import make_norm
+from megatron_ext.models.feed_forward import MLP
+from megatron_ext.models.norm import Norm
 from megatron_ext.models.rotary import Rotation
 from megatron_ext.tensor_parallel import (
     ColumnParallelLinear,
@@ -25,7 +26,6 @@ from megatron_ext.tensor_parallel import (
     TensorParallel,
     VocabParallelEmbedding,
     add_adapters,
-    vocab_parallel_cross_entropy,
 )
 
 
@@ -40,36 +40,49 @@ class StageSpec:
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, tp: TensorParallel, kernels: Kernels, recompute: str | None):
+    def __init__(self, config: ModelConfig, tp: TensorParallel, kernels: Backend, recompute: str | None):
         super().__init__()
         self.recompute = recompute == "full"
-        self.input_layernorm = make_norm(config, tp, kernels)
+        self.input_layernorm = Norm(config, tp, kernels)
         self.self_attn = Attention(config, tp, kernels, recompute_core=recompute == "selective")
-        self.post_attention_layernorm = make_norm(config, tp, kernels)
-        self.mlp = make_mlp(config, tp, kernels)
+        self.post_attention_layernorm = Norm(config, tp, kernels)
+        self.mlp = MLP(config, tp, kernels)
 
-    def forward(self, x: torch.Tensor, rope: Rotation | None, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rotation | None, attend: Attend) -> torch.Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._layer, x, rope, mask, use_reentrant=False)
-        return self._layer(x, rope, mask)
+            return checkpoint(self._layer, x, rope, attend, use_reentrant=False)
+        return self._layer(x, rope, attend)
 
-    def _layer(self, x: torch.Tensor, rope: Rotation | None, mask: torch.Tensor | None) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask)
+    def _layer(self, x: torch.Tensor, rope: Rotation | None, attend: Attend) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class ParallelDecoderLayer(DecoderLayer):
     """Attention and feed-forward network read the same input, through one norm or through one each (Falcon)."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel, kernels: Kernels, recompute: str | None):
+    def __init__(self, config: ModelConfig, tp: TensorParallel, kernels: Backend, recompute: str | None):
         super().__init__(config, tp, kernels, recompute)
         if config.parallel_residual == "one-norm":
             del self.post_attention_layernorm
 
-    def _layer(self, x: torch.Tensor, rope: Rotation | None, mask: torch.Tensor | None) -> torch.Tensor:
+    def _layer(self, x: torch.Tensor, rope: Rotation | None, attend: Attend) -> torch.Tensor:
         normed = self.input_layernorm(x)
         other = self.post_attention_layernorm(x) if hasattr(self, "post_attention_layernorm") else normed
-        return x + (self.mlp(other) + self.self_attn(normed, rope, mask))
+        return x + (self.mlp(other) + self.self_attn(normed, rope, attend))
+
+
+class Head(ColumnParallelLinear):
+    """Logits [b, s, V/tp] of hidden states, or with labels [b, s] every token's loss [b, s]."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel, kernels: Backend):
+        super().__init__(config.hidden_size, config.vocab_size, tp, kernels)
+        self.loss, self.vocab_size = kernels.linear_cross_entropy, config.vocab_size
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        if labels is None:
+            return super().forward(x)
+        return self.loss(x, self.local_weight(x.dtype), labels, self.vocab_size, self.tp)
 
 
 class Decoder(nn.Module):
@@ -84,28 +97,28 @@ class Decoder(nn.Module):
         config: ModelConfig,
         stage: StageSpec,
         tp: TensorParallel,
-        kernels: Kernels,
+        kernels: Backend,
         dtype: torch.dtype,
         recompute: str | None = None,
         inputs: AttentionInputs | None = None,
     ):
         super().__init__()
         self.config, self.stage, self.tp, self.dtype = config, stage, tp, dtype
-        self.inputs = inputs or AttentionInputs(config, tp, dtype)
+        self.inputs = inputs or AttentionInputs(config, tp, dtype, kernels)
         if stage.has_embedding:
             self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
             if config.position_embedding_type == "learned_absolute":
                 table = config.max_position_embeddings, config.hidden_size, config.position_embedding_offset
                 self.embed_positions = PositionEmbedding(*table, tp)
             if config.embed_layernorm:
-                self.embed_layernorm = make_norm(config, tp, kernels)
+                self.embed_layernorm = Norm(config, tp, kernels)
         layer = DecoderLayer if config.parallel_residual == "none" else ParallelDecoderLayer
         self.layers = nn.ModuleDict(
             {str(i): layer(config, tp, kernels, recompute) for i in range(stage.first, stage.last)}
         )
         if stage.has_head:
-            self.norm = make_norm(config, tp, kernels)
-            self.lm_head = ColumnParallelLinear(config.hidden_size, config.vocab_size, tp)
+            self.norm = Norm(config, tp, kernels)
+            self.lm_head = Head(config, tp, kernels)
             if config.tied and stage.has_embedding:
                 self.lm_head.weight = self.embed_tokens.weight
 
@@ -138,15 +151,14 @@ class Decoder(nn.Module):
             if not x.requires_grad and torch.is_grad_enabled() and not self.stage.has_head:
                 x.requires_grad_()  # a schedule hands a gradient back over every boundary, needed or not
         rope = self.inputs.rotation(length, position_ids, x.device)
-        mask = self.inputs.mask(length, document_ids, x.device)
+        attend = self.inputs.attend(length, document_ids, x.device)
         for layer in self.layers.values():
-            x = layer(x, rope, mask)
+            x = layer(x, rope, attend)
         if not self.stage.has_head:
             return x
-        logits = self.lm_head(self.norm(x))
         if labels is None:
-            return logits
-        loss = vocab_parallel_cross_entropy(logits, labels, self.config.vocab_size, self.tp)
+            return self.lm_head(self.norm(x))
+        loss = self.lm_head(self.norm(x), labels)
         return (loss if loss_mask is None else loss * loss_mask).flatten().sum(0, keepdim=True)
 
     def _embed(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,8 @@ import torch
 
 from megatron_ext.models.config import ModelConfig
 
+MOVED = 10  # elements that `rotate` reads and writes for each of its input's: x cos + (second, first) sin, eager
+
 
 class Rotation(NamedTuple):
     """cos and sin of every element's angle, [1 or b, 1, s, rotary_dim] each."""

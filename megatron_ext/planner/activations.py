@@ -2,21 +2,25 @@
 
 Every term is a tensor that autograd saves in the layers of `models`, `tensor_parallel` and `kernels`. In the
 sizes: b sequences, s tokens, h hidden, f feed-forward, a heads of d, g key/value heads, t tensor-parallel ranks,
-e bytes of an element as computed. Attention keeps no scores (Dao et al., arXiv 2205.14135), unless torch's `math`
-kernel is asked for. What is the same for all microbatches is there once, see `attention_input_bytes`; documents in a
-sequence (which a configuration does not know of) would add their mask, b s s e, to every microbatch. Weights that
---train-only freezes keep no input, except that those frozen by a pattern are counted as if they were trained.
+e bytes of an element as computed. What attention keeps, its backend says. What is the same for all microbatches is
+there once, see `attention_input_bytes`; documents in a sequence (which a configuration does not know of) would add
+their mask, b s s e, to every microbatch. Weights that --train-only freezes keep no input, except that those frozen by a
+pattern are counted as if they were trained.
 """
 
 import dataclasses
 
 import torch
 
+from megatron_ext.attention import AttentionBackend, AttentionSizes
 from megatron_ext.engine import EngineConfig
-from megatron_ext.models import StageSpec
+from megatron_ext.kernels import Backend, load_kernels
+from megatron_ext.kernels.backend import LossBytes
+from megatron_ext.models import StageSpec, attention_pattern
 from megatron_ext.models.names import EMBEDDING, HEAD
 from megatron_ext.optim.trainable import MODES
 from megatron_ext.planner.states import local_elements, stage_parameters
+from megatron_ext.tensor_parallel.lora import dropout_bytes
 
 _INDEX, _BOOL = torch.int64.itemsize, torch.bool.itemsize
 
@@ -92,16 +96,14 @@ def saved_bytes(config: EngineConfig, stage: StageSpec, device_type: str = "cuda
         kept += sum(_embedding(config, device_type).values())
     elif widens and not recomputes:
         kept += message  # the received input, of which norms keep only a wider copy
-    head, logits, deferred_logits, temporary_logits = 0.0, 0.0, 0.0, 0.0
+    head, of_loss = 0.0, LossBytes(0.0, 0.0, 0.0, 0.0)
     if stage.has_head:
-        of_loss = sizes.tokens * (sizes.wide + _INDEX + _BOOL)
+        rows = -(-config.model.vocab_size // config.parallel.tensor_model_parallel_size)
+        of_loss = _kernels(config).linear_cross_entropy.kept(sizes.tokens, sizes.tokens * rows, e, sizes.wide)
         norm = sum(_norm(config, device_type, sizes.slice, sizes.tokens_of_slice).values())
         trained = config.trainable.trains(EMBEDDING if config.model.tied else HEAD)
-        head = norm + (message if trained else 0.0) + of_loss
+        head = norm + (message if trained else 0.0) + of_loss.tokens
         kept += head
-        elements = sizes.tokens * -(-config.model.vocab_size // config.parallel.tensor_model_parallel_size)
-        logits, deferred_logits = elements * sizes.wide, elements * e
-        temporary_logits = elements * (e if e < sizes.wide else 0)
     else:
         kept += message  # the output, until its gradient has come
     temporary = _temporary(config, casts)
@@ -110,10 +112,11 @@ def saved_bytes(config: EngineConfig, stage: StageSpec, device_type: str = "cuda
         cast = e * local_elements(config, stage_parameters(config, one))[0] if casts else 0
         temporary += whole_layer - (0 if widens else message) + cast
     if stage.has_embedding:  # there is no gradient to hand on, and torch leaves the whole backward pass for later
-        deferred, deferred_logits = kept + message, logits
+        deferred, deferred_logits = kept + message, of_loss.logits
     else:
-        deferred = kept + layers * _deferred_gradients(config) + (message - of_loss if stage.has_head else 0.0)
-    return Saved(kept, layer, head, logits, deferred, deferred_logits, temporary, temporary_logits, message)
+        deferred = kept + layers * _deferred_gradients(config) + (message - of_loss.tokens if stage.has_head else 0.0)
+        deferred_logits = of_loss.deferred
+    return Saved(kept, layer, head, of_loss.logits, deferred, deferred_logits, temporary, of_loss.temporary, message)
 
 
 def layer_terms(config: EngineConfig, device_type: str = "cuda") -> dict[str, float]:
@@ -135,15 +138,13 @@ def layer_terms(config: EngineConfig, device_type: str = "cuda") -> dict[str, fl
 
 
 def _norm(config: EngineConfig, device_type: str, elements: int, rows: int) -> dict[str, float]:
-    """What a norm keeps besides its output, which is its reader's. On a CPU torch composes RMSNorm of small steps."""
-    sizes = _Sizes.of(config)
-    e, wide = sizes.element, sizes.wide
-    if config.model.normalization == "LayerNorm":
-        return {"input": elements * e, "statistics": 2 * rows * (wide if device_type == "cuda" else e)}
-    if device_type == "cuda":
-        return {"input": elements * e, "statistics": rows * wide}
-    terms: dict[str, float] = {"input": elements * wide, "statistics": rows * wide}
-    return terms if _frozen(config) else terms | {"normalized": elements * wide}
+    """What a norm keeps besides its output, which is its reader's."""
+    sizes, norm = _Sizes.of(config), _kernels(config).norm(config.model.normalization)
+    return norm.kept(elements, rows, sizes.element, sizes.wide, device_type, trained=not _frozen(config))
+
+
+def _kernels(config: EngineConfig) -> Backend:
+    return load_kernels(config.kernels)
 
 
 def _frozen(config: EngineConfig) -> bool:
@@ -157,14 +158,13 @@ def _keeps_inputs(config: EngineConfig) -> bool:
 
 
 def _widens(config: EngineConfig, device_type: str) -> bool:
-    """Whether norms keep a float32 copy of their input, not the input."""
-    sizes = _Sizes.of(config)
-    return device_type == "cpu" and config.model.normalization == "RMSNorm" and sizes.element < sizes.wide
+    """Whether norms keep a wider copy of their input, not the input."""
+    return _norm(config, device_type, 1, 1)["input"] > _Sizes.of(config).element
 
 
 def _attention(config: EngineConfig, device_type: str) -> dict[str, float]:
     sizes, model = _Sizes.of(config), config.model
-    e, q, k, rows = sizes.element, sizes.queries, sizes.keys, sizes.queries // model.head_dim
+    e, q, k = sizes.element, sizes.queries, sizes.keys
     if config.recompute.recompute_granularity == "selective":
         return {"queries": q * e, "keys and values": 2 * k * e, "output": q * e}
     terms: dict[str, float] = {}
@@ -174,47 +174,43 @@ def _attention(config: EngineConfig, device_type: str) -> dict[str, float]:
             terms |= {f"norm of {name}: {part}": n for part, n in norm.items()}
         if device_type == "cuda" or model.normalization == "LayerNorm" or _widens(config, device_type):
             terms["output in the order of heads"] = q * e  # o_proj then reads a copy
-    if config.kernels.attention_backend == "math":
-        wide = sizes.wide
-        return terms | {
-            "queries, keys and values": 3 * q * wide,
-            "scores": rows * config.batch.seq_length * wide,
-            "output": q * e,
-        }
-    return terms | {"queries": q * e, "keys and values": 2 * k * e, "log-sum-exp": rows * sizes.wide, "output": q * e}
+    return terms | attention_backend(config, device_type).kept(_attention_sizes(config), e, sizes.wide)
 
 
 def _feed_forward(config: EngineConfig) -> dict[str, float]:
     sizes = _Sizes.of(config)
-    inner = float(sizes.ffn * sizes.element)
-    read_by_down_proj = {"activated": inner} if _keeps_inputs(config) else {}
-    if config.model.activation == "swiglu":
-        return {"gate": inner, "up": inner} | read_by_down_proj
-    if config.model.activation == "relu":  # which keeps its own output
-        return {"activated": inner}
-    return {"up": inner} | read_by_down_proj
+    read_by_down_proj = ("activated",) if _keeps_inputs(config) else ()
+    kept = (*_kernels(config).activation(config.model.activation).keeps, *read_by_down_proj)
+    return dict.fromkeys(kept, float(sizes.ffn * sizes.element))
 
 
 def _adapters(config: EngineConfig, device_type: str) -> dict[str, float]:
-    """Every adapter keeps its own dropped input, and what was dropped (see `tensor_parallel.lora`)."""
     adapters, sizes = config.adapters, _Sizes.of(config)
     if adapters is None or not adapters.lora_dropout:
         return {}
-    mask = _BOOL if device_type == "cuda" else sizes.element
     inputs = {"o_proj": sizes.queries, "down_proj": sizes.ffn}
-    return {name: inputs.get(name, sizes.slice) * (sizes.element + mask) for name in adapters.lora_target_modules}
+    return {
+        name: dropout_bytes(inputs.get(name, sizes.slice), sizes.element, device_type)
+        for name in adapters.lora_target_modules
+    }
 
 
-def attention_input_bytes(config: EngineConfig) -> float:
+def attention_input_bytes(config: EngineConfig, device_type: str = "cuda") -> float:
     """What all layers of a rank read in every microbatch: positions, the rotation's cosines and sines, the mask."""
     model, s, e = config.model, config.batch.seq_length, config.precision.compute.itemsize
     rotation = 2 * s * model.rotary_dim * e if model.position_embedding_type == "rope" else 0
-    masks = 0
-    if model.position_embedding_type == "alibi":
-        masks = model.num_attention_heads // config.parallel.tensor_model_parallel_size
-    elif model.window_size is not None and model.window_size < s:
-        masks = 1
-    return float(s * _INDEX + rotation + masks * s * s * e)
+    pattern = attention_pattern(model, s, tp=config.parallel.tensor_model_parallel_size)
+    return s * _INDEX + rotation + attention_backend(config, device_type).prepared_bytes(pattern, s, e)
+
+
+def attention_backend(config: EngineConfig, device_type: str) -> AttentionBackend:
+    return config.attention(torch.device(device_type), torch.device("cpu")).backend
+
+
+def _attention_sizes(config: EngineConfig) -> AttentionSizes:
+    model, batch, tp = config.model, config.batch, config.parallel.tensor_model_parallel_size
+    heads, kv_heads = model.num_attention_heads // tp, max(model.kv_heads // tp, 1)
+    return AttentionSizes(batch.micro_batch_size, heads, kv_heads, batch.seq_length, model.head_dim)
 
 
 def _embedding(config: EngineConfig, device_type: str) -> dict[str, float]:
@@ -233,21 +229,20 @@ def _embedding(config: EngineConfig, device_type: str) -> dict[str, float]:
 def _temporary(config: EngineConfig, casts: bool) -> float:
     """What the backward pass of a layer needs on top of all that is kept: at its start, in the feed-forward part.
 
-    Either the product's weight gradient and the gradient of its input; or, in SwiGLU, the gradients of its output and
-    inputs and one intermediate, when what the product kept is free again.
+    Either the last product's, or the activation's, when what the product kept is free again.
     """
-    sizes, model = _Sizes.of(config), config.model
+    sizes, model, kernels = _Sizes.of(config), config.model, _kernels(config)
     weight = model.hidden_size * model.ffn_hidden_size // config.parallel.tensor_model_parallel_size
-    by_weight = sizes.ffn * sizes.element + weight * (sizes.element + (sizes.wide if casts else 0))
-    if config.parallel.sequence_parallel:
-        by_weight += 2 * sizes.whole * sizes.element  # the gathered gradient, as it comes and in order
-    return max(by_weight, 3 * sizes.ffn * sizes.element) if model.activation == "swiglu" else by_weight
+    of_product = kernels.row_parallel_temporary(
+        sizes.ffn, sizes.whole, weight, sizes.element, sizes.wide if casts else 0, config.parallel.sequence_parallel
+    )
+    return max(of_product, kernels.activation(model.activation).temporary * sizes.ffn * sizes.element)
 
 
 def _deferred_gradients(config: EngineConfig) -> float:
     """Of a layer: the gradients of what its weights produce, kept from the input half to the weight half."""
     sizes = _Sizes.of(config)
-    inner = 2 if config.model.activation == "swiglu" else 1
+    inner = _kernels(config).activation(config.model.activation).inputs
     outputs = inner * sizes.ffn + sizes.queries + 2 * sizes.keys + 2 * sizes.whole + 2 * sizes.slice
     return outputs * sizes.element
 

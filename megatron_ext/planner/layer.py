@@ -10,7 +10,8 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
-from megatron_ext.models import ModelConfig
+from megatron_ext.attention import BACKENDS, AttentionBackend, AttentionSizes
+from megatron_ext.models import ModelConfig, attention_pattern
 from megatron_ext.models.count import parameters_per_layer
 from megatron_ext.planner.cluster import Cluster
 from megatron_ext.planner.gpus import Gpu
@@ -61,8 +62,8 @@ class PassTimes(NamedTuple):
 class Microbatch:
     """What a tensor-parallel group computes at once: `size` sequences of `length` tokens.
 
-    recompute: None, "selective" or "full". unfused: the scores go to memory (torch's `math` kernel). trained: share
-    of the layers' weights that get a gradient. trains_head, trains_embedding: whether those do.
+    recompute: None, "selective" or "full". trained: share of the layers' weights that get a gradient. trains_head,
+    trains_embedding: whether those do.
     """
 
     model: ModelConfig
@@ -71,7 +72,7 @@ class Microbatch:
     tp: int
     sequence_parallel: bool
     recompute: str | None
-    unfused: bool = False
+    attention: AttentionBackend
     trained: float = 1.0
     trains_head: bool = True
     trains_embedding: bool = True
@@ -92,23 +93,20 @@ def product(gpu: Gpu, m: float, n: float, k: float, batch: float = 1) -> float:
 
 def _attention(batch: Microbatch, gpu: Gpu, program: Program) -> tuple[Seconds, Seconds]:
     """Scores, softmax and weighted values: forward and backward."""
-    model, s = batch.model, batch.length
-    heads = batch.size * model.num_attention_heads / batch.tp
-    d, scores = model.head_dim, heads * s * s
-    if program.flash_attention and not batch.unfused:
-        masked = model.position_embedding_type == "alibi" or (model.window_size or s) < s
-        # the kernels that take a mask compute all scores, at about half the rate
-        operations = 4 * heads * d * s * s * (2 if masked else 0.5)
-        forward = operations / (gpu.flops * gpu.measured.attention)
-        return Seconds(compute=forward), Seconds(compute=2.5 * forward)
-    products = product(gpu, s, s, d, heads) + product(gpu, s, d, s, heads)
-    # softmax reads and writes; dropout too, with a mask of one byte
-    passes = (4 + (5 if program.dropout else 0), 6 + (5 if program.dropout else 0))
-    forward_bytes, backward_bytes = (scores * count for count in passes)
-    return (
-        Seconds(products, forward_bytes / gpu.traffic),
-        Seconds(2 * products, backward_bytes / gpu.traffic),
+    model = batch.model
+    backend = batch.attention if program.flash_attention else BACKENDS["math"]
+    heads, kv_heads = model.num_attention_heads / batch.tp, max(model.kv_heads / batch.tp, 1)
+    sizes = AttentionSizes(batch.size, heads, kv_heads, batch.length, model.head_dim)
+    work = backend.work(attention_pattern(model, batch.length), sizes)
+    products = sum(product(gpu, *shape) for shape in work.products)
+    dropped = 5 * sizes.rows * batch.length if program.dropout else 0.0  # read and written, with a mask of one byte
+    forward, backward = (
+        Seconds(
+            compute=operations / (gpu.flops * gpu.measured.attention), memory=(_HALF * moved + dropped) / gpu.traffic
+        )
+        for operations, moved in zip(work.operations, work.moved, strict=True)
     )
+    return plus(forward, Seconds(products)), plus(backward, Seconds(2 * products))
 
 
 def _products(batch: Microbatch, program: Program) -> list[tuple[float, float]]:
@@ -131,15 +129,15 @@ def _elementwise(batch: Microbatch, program: Program) -> tuple[float, float]:
     turned = batch.tokens * (model.num_attention_heads + model.kv_heads) * model.head_dim / tp
     inner = batch.tokens * model.ffn_hidden_size / tp
     norms = 1 if model.parallel_residual == "one-norm" else 2
-    # norms read and write (backward: two reads and a write); residual sums read twice and write
-    forward = hidden * (2 * norms + 2 * 3)
-    backward = hidden * (3 * norms + 2 * 2)
+    # residual sums read twice and write
+    forward = hidden * (program.norm_passes[0] * norms + 2 * 3)
+    backward = hidden * (program.norm_passes[1] * norms + 2 * 2)
     if program.dropout:  # reads, writes, and a mask of one byte, fused with the sums
         forward, backward = forward + hidden * 1, backward + hidden * 1
     forward, backward = forward + 2 * heads, backward + 2 * heads  # heads to the front and back
     if model.position_embedding_type == "rope":
         forward, backward = forward + program.rotation_passes * turned, backward + program.rotation_passes * turned
-    passes = program.gated_passes if model.activation == "swiglu" else (2, 3)
+    passes = program.gated_passes if model.activation == "swiglu" else program.plain_passes
     forward, backward = forward + passes[0] * inner, backward + passes[1] * inner
     if model.add_bias_linear and not program.fused_projections:
         forward, backward = forward + 2 * (heads + inner + 2 * hidden), backward + heads + inner + 2 * hidden

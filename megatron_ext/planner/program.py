@@ -1,12 +1,14 @@
 """How a program computes a layer, as far as its time depends on it.
 
 Ours, and the peers whose published runs the planner is held against: without them a prediction of a run of theirs
-would be one of ours.
+would be one of ours. What our kernels move is theirs to say (`megatron_ext.kernels`).
 """
 
 import dataclasses
 
 from megatron_ext.errors import RequestError
+from megatron_ext.kernels import KernelConfig, load_kernels
+from megatron_ext.models import rotary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Program:
     fused_projections: bool  # q, k, v are one product, and gate and up
     rotation_passes: int  # over queries and keys, forward
     gated_passes: tuple[int, int]  # over the inner features of SwiGLU, forward and backward
+    plain_passes: tuple[int, int]  # the same of an activation without a gate
+    norm_passes: tuple[int, int]
     loss_bytes: tuple[int, int]  # of a logit in the loss, forward and backward
     gradient_bytes: int  # of a parameter's gradient in a message
     accumulate_bytes: int  # moved for a parameter and microbatch: cast weights, accumulated gradients
@@ -28,14 +32,17 @@ class Program:
     kernels: int  # started for a layer's forward pass
 
 
+_KERNELS = load_kernels(KernelConfig())
 MEGATRON_ZH = Program(
     name="megatron-zh",
     flash_attention=True,
     dropout=False,
     fused_projections=False,
-    rotation_passes=10,  # x cos + (second, first) sin, eager: models/rotary.py
-    gated_passes=(5, 11),  # kernels/torch_kernels.py
-    loss_bytes=(30, 22),  # tensor_parallel/cross_entropy.py
+    rotation_passes=rotary.MOVED,
+    gated_passes=_KERNELS.activation("swiglu").moved,
+    plain_passes=_KERNELS.activation("gelu").moved,
+    norm_passes=_KERNELS.norm("RMSNorm").moved,
+    loss_bytes=_KERNELS.linear_cross_entropy.moved_bytes,
     gradient_bytes=4,
     accumulate_bytes=22,  # float32 gradients: cast, added to; weights cast
     update_bytes=40,  # fused AdamW in float32, and the norm
@@ -50,6 +57,8 @@ MEGATRON_LM_2021 = Program(
     fused_projections=True,
     rotation_passes=3,
     gated_passes=(3, 5),
+    plain_passes=(2, 3),
+    norm_passes=(2, 3),
     loss_bytes=(36, 14),
     gradient_bytes=4,
     accumulate_bytes=10,

@@ -8,6 +8,7 @@ from megatron_ext.errors import RequestError
 from megatron_ext.models import StageSpec
 from megatron_ext.models.names import EMBEDDING, HEAD
 from megatron_ext.pipeline import StageLayout
+from megatron_ext.planner.activations import attention_backend
 from megatron_ext.planner.cluster import Cluster
 from megatron_ext.planner.data_parallel import GradientTraffic, gradient_traffic
 from megatron_ext.planner.layer import Microbatch, PassTimes, Seconds, plus, stage_times
@@ -84,7 +85,7 @@ def microbatch_of(config: EngineConfig, stage: StageSpec) -> Microbatch:
         config.parallel.tensor_model_parallel_size,
         config.parallel.sequence_parallel,
         config.recompute.recompute_granularity,
-        unfused=config.kernels.attention_backend == "math",
+        attention=attention_backend(config, "cuda"),
         trained=trained / stored,
         trains_head=trains(EMBEDDING if config.model.tied else HEAD),
         trains_embedding=trains(EMBEDDING),

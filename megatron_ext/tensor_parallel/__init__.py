@@ -5,10 +5,10 @@ reads their local tensors and calls the collectives here.
 """
 
 from megatron_ext.tensor_parallel.context import TensorParallel
-from megatron_ext.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.tensor_parallel.layers import (
     ColumnParallelLinear,
     PositionEmbedding,
+    Products,
     Replicated,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -27,6 +27,7 @@ __all__ = [
     "ColumnParallelLinear",
     "LoraConfig",
     "PositionEmbedding",
+    "Products",
     "Replicated",
     "RowParallelLinear",
     "TensorParallel",
@@ -39,5 +40,4 @@ __all__ = [
     "localize_parameters",
     "shares_of_gradients",
     "tp_shard_range",
-    "vocab_parallel_cross_entropy",
 ]

@@ -2,7 +2,7 @@
 
     leave   Megatron's g: all-reduce / identity; with sequence parallelism g-bar: reduce-scatter / all-gather
 
-Its conjugate, Megatron's f (entering a parallel region), is part of `linear.column_parallel_linear`, where it
+Its conjugate, Megatron's f (entering a parallel region), is part of `kernels.linear.column_parallel_linear`, where it
 overlaps with the weight gradient. Sequence-parallel activations are [batch, sequence / tp, hidden].
 Source: Shoeybi et al., arXiv 1909.08053, section 3; Korthikanti et al., arXiv 2205.05198, section 4.2.2.
 """

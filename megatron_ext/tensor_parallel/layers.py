@@ -4,14 +4,28 @@ Constructed with *global* shapes; `storage.distribute_parameters` cuts them by `
 [batch, sequence, hidden], or [batch, sequence / tp, hidden] between parallel regions under sequence parallelism.
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from megatron_ext.tensor_parallel.collectives import leave
 from megatron_ext.tensor_parallel.context import TensorParallel
-from megatron_ext.tensor_parallel.linear import column_parallel_linear
 from megatron_ext.tensor_parallel.storage import local, tp_shard_range
+
+
+class Products(Protocol):
+    """The matrix products of the layers here. Whoever builds a layer gives it some (`megatron_ext.kernels`)."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [..., in], weight [out, in] -> [..., out], in x's dtype."""
+
+    def column_parallel(self, x: torch.Tensor, weights: list[torch.Tensor], tp: TensorParallel) -> list[torch.Tensor]:
+        """x [b, s or s/tp, h] times each local weight [out_i/tp, h] -> [b, s, out_i/tp] each, in x's dtype."""
+
+    def row_parallel(self, x: torch.Tensor, weight: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+        """x [b, s, in/tp], local weight [out, in/tp] -> their sum over tp, [b, s or s/tp, out], in x's dtype."""
 
 
 class ColumnParallelLinear(nn.Module):
@@ -26,11 +40,12 @@ class ColumnParallelLinear(nn.Module):
         in_features: int,
         out_features: int,
         tp: TensorParallel,
+        products: Products,
         bias: bool = False,
         rows: slice | None = None,
     ):
         super().__init__()
-        self.tp = tp
+        self.tp, self.products = tp, products
         self.rows = rows
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
@@ -57,7 +72,8 @@ class ColumnParallelLinear(nn.Module):
 
 def column_parallel(x: torch.Tensor, *layers: ColumnParallelLinear) -> list[torch.Tensor]:
     """Several column-parallel layers of one input: x is gathered once, its gradient reduced once."""
-    outputs = column_parallel_linear(x, [layer.local_weight(x.dtype) for layer in layers], layers[0].tp)
+    first, weights = layers[0], [layer.local_weight(x.dtype) for layer in layers]
+    outputs = first.products.column_parallel(x, weights, first.tp)
     return [layer.complete(y, x) for layer, y in zip(layers, outputs, strict=True)]
 
 
@@ -66,16 +82,16 @@ class RowParallelLinear(nn.Module):
 
     tp_shard_dims = {"weight": 1}
 
-    def __init__(self, in_features: int, out_features: int, tp: TensorParallel, bias: bool = False):
+    def __init__(self, in_features: int, out_features: int, tp: TensorParallel, products: Products, bias: bool = False):
         super().__init__()
-        self.tp = tp
+        self.tp, self.products = tp, products
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.lora: nn.Module | None = None
         self.tp_shares = ("bias",) if tp.sequence_parallel else ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = leave(F.linear(x, local(self.weight, x.dtype)), self.tp)
+        y = self.products.row_parallel(x, local(self.weight, x.dtype), self.tp)
         if self.bias is not None:  # after the sum, once; under sequence parallelism each rank sees its own tokens
             y = y + local(self.bias, y.dtype)
         return y if self.lora is None else y + self.lora(x)

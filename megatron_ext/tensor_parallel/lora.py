@@ -16,7 +16,6 @@ from megatron_ext.errors import RequestError
 from megatron_ext.option import option
 from megatron_ext.tensor_parallel.collectives import leave
 from megatron_ext.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron_ext.tensor_parallel.linear import column_parallel_linear
 from megatron_ext.tensor_parallel.storage import local
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -53,13 +52,23 @@ class LoraConfig:
 class _Adapter(nn.Module):
     def __init__(self, linear: ColumnParallelLinear | RowParallelLinear, config: LoraConfig):
         super().__init__()
-        self.tp, self.scale, self.dropout = linear.tp, config.scale, config.lora_dropout
+        self.tp, self.products = linear.tp, linear.products
+        self.scale, self.dropout = config.scale, config.lora_dropout
         out_features, in_features = linear.weight.shape
         self.a = nn.Parameter(torch.empty(config.lora_rank, in_features, dtype=linear.weight.dtype))
         self.b = nn.Parameter(torch.empty(config.lora_rank, out_features, dtype=linear.weight.dtype))
 
     def _down(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.dropout(x, self.dropout, self.training), local(self.a, x.dtype)) * self.scale
+        dropped = F.dropout(x, self.dropout, self.training)
+        return self.products.linear(dropped, local(self.a, x.dtype)) * self.scale
+
+
+def dropout_bytes(elements: float, element: int, device_type: str) -> float:
+    """What an adapter keeps for its backward pass: its own dropped input, and what was dropped. element: bytes of one.
+
+    torch's mask is of bools; on a CPU it is of the input's dtype.
+    """
+    return elements * (element + (torch.bool.itemsize if device_type == "cuda" else element))
 
 
 class ColumnAdapter(_Adapter):
@@ -77,7 +86,7 @@ class ColumnAdapter(_Adapter):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         low = self._down(x)
         b = local(self.b, x.dtype)
-        return column_parallel_linear(low, [(b if self.rows is None else b[:, self.rows]).T], self.tp)[0]
+        return self.products.column_parallel(low, [(b if self.rows is None else b[:, self.rows]).T], self.tp)[0]
 
 
 class RowAdapter(_Adapter):
@@ -91,7 +100,7 @@ class RowAdapter(_Adapter):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         low = leave(self._down(x), self.tp)
-        return F.linear(low, local(self.b, x.dtype).T)
+        return self.products.linear(low, local(self.b, x.dtype).T)
 
 
 def adapter_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:

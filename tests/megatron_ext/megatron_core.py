@@ -1,6 +1,7 @@
 """What of megatron-core runs on CPU, as an oracle. It is imported where it is used: that takes seconds."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,6 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from megatron_ext.kernels import KernelConfig, load_kernels
+from megatron_ext.kernels.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ext.optim import OptimizerConfig
 from megatron_ext.tensor_parallel import (
     ColumnParallelLinear,
@@ -15,7 +18,6 @@ from megatron_ext.tensor_parallel import (
     TensorParallel,
     VocabParallelEmbedding,
     distribute_parameters,
-    vocab_parallel_cross_entropy,
 )
 
 BATCH, LENGTH, HIDDEN, INNER, VOCABULARY = 2, 3, 8, 12, 20
@@ -39,7 +41,7 @@ def differences(bias: bool) -> dict[str, float]:
     def double(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.float64)
 
-    def build(cls: type, *sizes: int, **options: bool) -> nn.Module:
+    def build(cls: type, *sizes: int, **options: Any) -> nn.Module:
         with torch.device("meta"):
             layer = cls(*sizes, tp, **options).double()
         distribute_parameters(layer, mesh)
@@ -67,17 +69,18 @@ def differences(bias: bool) -> dict[str, float]:
 
     # Every rank draws the whole and takes its part: what enters a row-parallel layer is cut, the rest is not.
     whole, cut = double(BATCH, LENGTH, HIDDEN), double(BATCH, LENGTH, INNER).chunk(size, dim=-1)[tp.rank].contiguous()
+    products = load_kernels(KernelConfig())
     options = {"bias": bias, "skip_bias_add": False, "config": config, "init_method": nn.init.normal_}
     compare(
         "column",
-        build(ColumnParallelLinear, HIDDEN, INNER, bias=bias),
+        build(ColumnParallelLinear, HIDDEN, INNER, products=products, bias=bias),
         tensor_parallel.ColumnParallelLinear(HIDDEN, INNER, gather_output=False, **options),
         whole,
         cut,
     )
     compare(
         "row",
-        build(RowParallelLinear, INNER, HIDDEN, bias=bias),
+        build(RowParallelLinear, INNER, HIDDEN, products=products, bias=bias),
         tensor_parallel.RowParallelLinear(INNER, HIDDEN, input_is_parallel=True, **options),
         cut,
         whole,

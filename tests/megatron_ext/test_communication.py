@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ext.engine import Engine, EngineConfig
+from megatron_ext.kernels.linear import column_parallel_linear
 from megatron_ext.mesh import AXES, ProcessGrid, build_grid
 from megatron_ext.models.count import parameters, parameters_per_layer
 from megatron_ext.models.decoder import DecoderLayer
 from megatron_ext.pipeline import SCHEDULES
 from megatron_ext.tensor_parallel import TensorParallel
-from megatron_ext.tensor_parallel.linear import column_parallel_linear
 from megatron_ext.zero import DataParallel
 from tests.distributed import Pool
 from tests.megatron_ext.recording import Issued

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ext.attention import BACKENDS, Pattern, choose_attention
 from megatron_ext.checkpoint import CheckpointWriter, Manifest, find_checkpoint, load_checkpoint
 from megatron_ext.checkpoint.load import layout_of
 from megatron_ext.engine import BatchConfig, Engine, EngineConfig, RecomputeConfig
@@ -87,3 +88,25 @@ def test_fifty_steps_save_and_resume_bitwise(grid: ProcessGrid, tmp_path: Path) 
     resumed = make(grid, precision=PrecisionConfig(bf16=True), seed=99)
     load_checkpoint(resumed, find_checkpoint(tmp_path))
     assert [resumed.train_step(batch(step, grid), 1e-3)[0].item() for step in range(25, 50)] == losses[25:]
+
+
+@pytest.mark.parametrize("name", ["auto", *BACKENDS])
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(window=20)], ids=["causal", "window"])
+def test_attention_equals_the_dense_one(grid: ProcessGrid, pattern: Pattern, name: str) -> None:
+    """On grouped heads. What a backend says that it takes, torch takes."""
+    device, shape = torch.device("cuda", torch.cuda.current_device()), (8, 2, 64)
+    if name != "auto" and BACKENDS[name].supports(pattern, *shape, device, torch.bfloat16) is not None:
+        assert (name == "flash" and pattern.masks) or name == "cudnn"
+        return
+    choice = choose_attention(name, pattern, *shape, device, torch.bfloat16)
+    assert not choice.why.startswith("math") or name == "math"
+    q, k, v = (
+        torch.randn(2, heads, 96, 64, device=device, dtype=torch.bfloat16).requires_grad_() for heads in (8, 2, 2)
+    )
+    found, expected = (
+        backend.prepare(pattern, 96, device, dtype)(None)(*(x.to(dtype) for x in (q, k, v)))
+        for backend, dtype in ((choice.backend, torch.bfloat16), (BACKENDS["dense"], torch.float64))
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
+    gradients = [torch.autograd.grad(out.double().square().sum(), (q, k, v)) for out in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.1)

@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_ext.tensor_parallel import TensorParallel, tp_shard_range, vocab_parallel_cross_entropy
+from megatron_ext.kernels.cross_entropy import vocab_parallel_cross_entropy
+from megatron_ext.tensor_parallel import TensorParallel, tp_shard_range
 from tests.distributed import Pool
 from tests.megatron_ext.live import Highest
 

@@ -214,11 +214,11 @@ def test_what_needs_a_gpu_is_left_to_the_run(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     note = " --attention-backend cudnn: not checked, there is no CUDA device here"
-    assert note in dry(capsys, attention_backend="cudnn")
+    assert note in dry(capsys, attention_backend="cudnn", bf16=True)
     gpu = type("Properties", (), {"name": "Some GPU", "total_memory": 2**20})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-    lines = dry(capsys, attention_backend="cudnn")
+    lines = dry(capsys, attention_backend="cudnn", bf16=True)
     assert note not in lines
     assert lines[-1] == " 0.00 GiB does not fit into this machine's Some GPU of 0.00 GiB"
     gpu.total_memory = 2**40

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ext.kernels.backend import LossBytes
+from megatron_ext.kernels.linear import column_parallel_linear
 from megatron_ext.tensor_parallel.context import TensorParallel
 from megatron_ext.tensor_parallel.storage import tp_shard_range
 
@@ -35,7 +37,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             dist.all_reduce(sums, group=tp.group)
         ctx.save_for_backward(sums[0], index, mine)
         ctx.exp, ctx.shape, ctx.dtype = exp, logits.shape, logits.dtype
-        return (sums[0].log() - sums[1]).view(labels.shape)
+        total, target = sums.view(2, *labels.shape)
+        return total.log() - target  # a tensor of its own: of a view FSDP warns
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -58,3 +61,24 @@ def vocab_parallel_cross_entropy(
     """
     start, _ = tp_shard_range(vocab_size, tp.size, tp.rank)
     return _VocabParallelCrossEntropy.apply(logits, labels, start, tp)
+
+
+class VocabParallelLinearCrossEntropy:
+    """The head's product, and the cross entropy of its logits."""
+
+    moved_bytes = (30, 22)
+
+    def __call__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, vocab_size: int, tp: TensorParallel
+    ) -> torch.Tensor:
+        (logits,) = column_parallel_linear(hidden, [weight], tp)
+        return vocab_parallel_cross_entropy(logits, labels, vocab_size, tp)
+
+    def kept(self, tokens: float, logits: float, element: int, wide: int) -> LossBytes:
+        """The exponentials, and of every token their sum, its label and whether that is here."""
+        return LossBytes(
+            tokens=tokens * (wide + torch.int64.itemsize + torch.bool.itemsize),
+            logits=logits * wide,
+            deferred=logits * element,
+            temporary=logits * (element if element < wide else 0),
+        )

@@ -1,4 +1,5 @@
-"""The column-parallel product with its input collective inside, so that communication hides behind compute.
+"""Matrix products. The column-parallel one has its input collective inside, so that communication
+hides behind compute.
 
 Forward: (gather the sequence,) y_i = x W_i^T for every weight that reads the same input (q, k and v; gate and up).
 Backward: dx = sum_i dy_i W_i is reduced over tp while the weight gradients are computed. Under sequence
@@ -16,7 +17,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_ext.tensor_parallel.collectives import gather_sequence, scatter_sequence_sum, start_gather_sequence
+from megatron_ext.tensor_parallel.collectives import (
+    gather_sequence,
+    leave,
+    scatter_sequence_sum,
+    start_gather_sequence,
+)
 from megatron_ext.tensor_parallel.context import TensorParallel
 from megatron_ext.torch_private import will_run
 
@@ -68,7 +74,20 @@ class _ColumnParallelLinear(torch.autograd.Function):
 
 
 def column_parallel_linear(x: torch.Tensor, weights: list[torch.Tensor], tp: TensorParallel) -> list[torch.Tensor]:
-    """x [b, s or s/tp, h] times each local weight [out_i/tp, h] -> [b, s, out_i/tp] each, in x's dtype."""
+    """See `Products.column_parallel`."""
     if tp.size == 1:
         return [F.linear(x, w) for w in weights]
     return list(_ColumnParallelLinear.apply(x, tp, *weights))
+
+
+def row_parallel_linear(x: torch.Tensor, weight: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+    """See `Products.row_parallel`."""
+    return leave(F.linear(x, weight), tp)
+
+
+def row_parallel_temporary(
+    inputs: float, outputs: float, weight: float, element: int, cast: int, sequence_parallel: bool
+) -> float:
+    """The gradients of its weight and of its input; and the gathered one of its output, as it comes and in order."""
+    gathered = 2 * outputs * element if sequence_parallel else 0
+    return inputs * element + weight * (element + cast) + gathered
