@@ -128,6 +128,7 @@ def test_the_norm_of_a_long_gradient_is_exact_in_float32(pool: Pool, exact_norm:
     assert norm == pytest.approx(exact_norm, rel=2e-6)
 
 
+@pytest.mark.slow
 def test_the_norm_of_a_long_gradient_is_exact_where_deepspeed_accumulates_it_itself(pool: Pool) -> None:
     pytest.importorskip("deepspeed")
     config = tiny(**LONG, zero_stage=1, zero_engine="deepspeed", bf16=True)

@@ -177,7 +177,7 @@ HALF_LAYOUTS = {
 }
 
 
-HALF_BY_DEFAULT = {("bf16", "TP2 PP2 DP2 SP ZeRO-3"), ("fp16", "PP2 DP2 zero-bubble ZeRO-1")}
+HALF_BY_DEFAULT = {("bf16", "TP2 PP2 DP2 SP ZeRO-3"), ("fp16", "one process")}
 
 
 @pytest.mark.parametrize("half, name", sweep(itertools.product(("bf16", "fp16"), HALF_LAYOUTS), HALF_BY_DEFAULT))

@@ -49,6 +49,7 @@ def test_damaged_metadata_is_one_line(tmp_path: Path, content: bytes) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_rows_of_a_large_piece_take_no_more_memory_than_they_are(tmp_path: Path) -> None:
     """A rank stores its part of a tensor as one piece, however large."""
     dcp.save({"model.a": torch.zeros(1 << 14, 1 << 12)}, checkpoint_id=tmp_path, no_dist=True)  # 256 MiB

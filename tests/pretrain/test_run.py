@@ -97,7 +97,7 @@ def test_run_yaml_has_the_resolved_batch_size(pool: Pool, corpus: str, tmp_path:
     assert again == dataclasses.replace(asked, engine=dataclasses.replace(asked.engine, batch=batch))
 
 
-def test_validation_loss_is_the_same_at_every_layout(pool: Pool, corpus: str, done: Path, tmp_path: Path) -> None:
+def test_validation_loss_is_the_same_at_another_layout(pool: Pool, corpus: str, done: Path, tmp_path: Path) -> None:
     def losses(folder: Path) -> dict[int, float]:
         return {r["iteration"]: r["valid_loss"] for r in metrics(folder / "m.jsonl") if "valid_loss" in r}
 
@@ -106,10 +106,8 @@ def test_validation_loss_is_the_same_at_every_layout(pool: Pool, corpus: str, do
     assert expected[3] != expected[6]
     logs = {"save": None, "tensorboard_dir": None, "wandb_project": None, "wandb_save_dir": None}
     flags = everything(tmp_path, corpus) | logs
-    for ranks, layout in ((2, {"zero_stage": 3}), (4, {TP: 2, PP: 2, "sequence_parallel": True})):
-        pool.run(train, ranks, command(**flags, **layout))
-        assert losses(tmp_path) == pytest.approx(expected, rel=1e-9)
-        (tmp_path / "m.jsonl").unlink()
+    pool.run(train, 8, command(**flags, **{TP: 2, PP: 2}, zero_stage=3, sequence_parallel=True))
+    assert losses(tmp_path) == pytest.approx(expected, rel=1e-9)
 
 
 def test_evaluation_leaves_no_trace_in_training(pool: Pool, corpus: str, done: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tokenizer.text.characters import chinese_runs, has_cjk
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published models are not at hand")
 def test_fewer_tokens_than_the_published_merge(tmp_path: Path) -> None:
     tokenizers = SHARED / "tokenizers"
