@@ -60,9 +60,14 @@ class Algorithm(Protocol):
 
 
 def new_state(algorithm: type[Algorithm], parameter: torch.Tensor) -> State:
-    """What is kept of a parameter before its first step."""
+    """What is kept of a parameter before its first step, with its strides: fused kernels go by the order in memory."""
     declared = algorithm.declare(parameter.shape, parameter.dtype)
-    return {name: parameter.new_zeros(spec.shape, dtype=spec.dtype) for name, spec in declared.items()}
+    return {
+        name: torch.zeros_like(parameter, dtype=spec.dtype)
+        if spec.shape == parameter.shape
+        else parameter.new_zeros(spec.shape, dtype=spec.dtype)
+        for name, spec in declared.items()
+    }
 
 
 def stored_states(algorithm: type[Algorithm], shape: torch.Size, dtype: torch.dtype) -> dict[str, StateSpec]:
