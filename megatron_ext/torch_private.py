@@ -1,7 +1,7 @@
 """Everything that this project uses of torch under a name that torch does not promise to keep.
 
-Checked with torch 2.11 and 2.13, but for where another version is named. When torch moves on, this is the file to go
-through; tests/megatron_ext/test_torch_private.py finds such names anywhere else.
+Each name is there in torch 2.11 and in 2.13 (with which the tests run), but for where one of them is named. When torch
+moves on, this is the file to go through; tests/megatron_ext/test_torch_private.py finds such names anywhere else.
 """
 
 import types
@@ -124,7 +124,7 @@ class PrivateHooksStage(PipelineStage):
     """A PipelineStage whose receive buffers a subclass may give back, by methods with public names.
 
     Overrides `_prepare_forward_infra` and `_prepare_backward_infra`, which fill `args_recv_info` and
-    `grad_recv_info`, and `_get_init_p2p_neighbors_ops` (2.11 alone calls it).
+    `grad_recv_info`, and `_get_init_p2p_neighbors_ops`.
     """
 
     def give_back(self, infos: Sequence[Any]) -> None:
