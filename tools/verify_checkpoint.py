@@ -24,9 +24,8 @@ from tqdm import tqdm
 from megatron_ext.checkpoint import has_checkpoints, locate_checkpoint, model_of
 from megatron_ext.checkpoint.digest import sha256_of
 from megatron_ext.checkpoint.directory import LATEST, MANIFEST, Manifest, checkpoints_in, leftovers, parse_manifest
-from megatron_ext.checkpoint.finite import count_not_finite, not_finite
 from megatron_ext.checkpoint.read import WeightReader, Weights
-from megatron_ext.checkpoint.verify import find_problems
+from megatron_ext.checkpoint.verify import count_not_finite, find_problems, not_finite
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, parameter_shapes, preset, preset_names
 from megatron_ext.models.names import is_adapter

@@ -8,7 +8,7 @@ DIR/iter_0000100/             complete: it appears under this name by one rename
     .metadata, *.distcp       weights, optimizer states, step count, loss scale, random states
 """
 
-from megatron_ext.checkpoint.compatible import check_compatible, check_trained, differences
+from megatron_ext.checkpoint.compatible import check_compatible, check_trained, differences, model_of
 from megatron_ext.checkpoint.directory import (
     Manifest,
     find_checkpoint,
@@ -17,7 +17,6 @@ from megatron_ext.checkpoint.directory import (
     read_manifest,
 )
 from megatron_ext.checkpoint.load import load_checkpoint
-from megatron_ext.checkpoint.model import model_of
 from megatron_ext.checkpoint.save import CheckpointWriter
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Whether a run can take over a checkpoint: its model, in all its fields, and which part of it was trained."""
+"""Which model a checkpoint is of, and whether a run can take it over: the model in all its fields, what was trained."""
 
 import dataclasses
 from collections.abc import Collection
@@ -6,14 +6,36 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint.directory import MANIFEST, Manifest
-from megatron_ext.checkpoint.model import model_of
 from megatron_ext.engine import EngineConfig
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig, parameter_shapes
 from megatron_ext.models.expand import Expansion
 from megatron_ext.optim import TrainableConfig
-from megatron_ext.option import flag_of
+from megatron_ext.option import check_types, flag_of
 from megatron_ext.tensor_parallel import LoraConfig
+
+
+def model_of(manifest: Manifest, where: str = MANIFEST) -> tuple[ModelConfig, LoraConfig | None]:
+    """The model that a manifest describes, and its adapters; None where there are none.
+
+    Args:
+        where: the manifest, as messages are to name it.
+
+    Raises:
+        RequestError: it describes neither, or one that this program does not know.
+    """
+    try:
+        model = ModelConfig(**manifest.model)
+        model.validate()
+        lora = None if manifest.lora is None else LoraConfig(**manifest.lora)
+        if lora is not None:
+            check_types(lora)
+            lora.validate()
+    except (RequestError, TypeError) as error:
+        newer = "written by a newer version?"
+        raise RequestError(f"{where} describes a model that this program does not know ({error}): {newer}") from error
+    return model, lora
+
 
 _FREE_FIELDS = frozenset({"init_method_std"})  # says how new parameters begin, nothing of those that are there
 _SIZES = frozenset(

@@ -13,8 +13,7 @@ from torch.distributed.tensor import DTensor
 from megatron_ext.checkpoint.compatible import check_compatible, check_trained
 from megatron_ext.checkpoint.directory import Manifest, read_manifest
 from megatron_ext.checkpoint.metadata import TensorReader
-from megatron_ext.checkpoint.read import WeightReader
-from megatron_ext.checkpoint.resize import VOCABULARY_MATRICES, ResizedWeights
+from megatron_ext.checkpoint.read import VOCABULARY_MATRICES, ResizedWeights, WeightReader
 from megatron_ext.checkpoint.state import (
     LOSS_SCALER,
     MODEL,
@@ -38,7 +37,8 @@ from megatron_ext.torch_private import compute_local_shape_and_global_offset
 _VOCABULARY_KEYS = {MODEL + name for name in VOCABULARY_MATRICES}
 
 
-def layout_of(grid: ProcessGrid) -> dict[str, int]:
+def mesh_sizes(grid: ProcessGrid) -> dict[str, int]:
+    """Give what a manifest says of the layout: the world size, and that of every axis."""
     return {"world_size": grid.world_size} | {
         axis: grid.size(axis) for axis in ("pp", "dp_replicate", "dp_shard", "tp")
     }
@@ -76,7 +76,8 @@ def load_checkpoint(
     random = random_state(engine)
     resized = {key: state.pop(key) for key in _VOCABULARY_KEYS & state.keys()} if expansion is not None else {}
     reader = TensorReader(checkpoint, flag)
-    same_generators = manifest.layout == layout_of(engine.grid) and reader.size_of(random_key()) in (None, random.shape)
+    same_layout = manifest.layout == mesh_sizes(engine.grid)
+    same_generators = same_layout and reader.size_of(random_key()) in (None, random.shape)
     if with_optimizer and same_generators:
         state[random_key()] = random
     try:

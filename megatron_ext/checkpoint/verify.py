@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_ext.checkpoint.compatible import model_of
 from megatron_ext.checkpoint.digest import sha256_of
 from megatron_ext.checkpoint.directory import MANIFEST, Manifest, incomplete_files
-from megatron_ext.checkpoint.finite import count_not_finite, not_finite
 from megatron_ext.checkpoint.metadata import METADATA, objects_of, read_metadata
-from megatron_ext.checkpoint.model import model_of
-from megatron_ext.checkpoint.read import Place, WeightReader
+from megatron_ext.checkpoint.read import StoredSlice, WeightReader, Weights
 from megatron_ext.checkpoint.state import LOSS_SCALER, MODEL, OPTIMIZER, STEPS, optimizer_key, random_key
+from megatron_ext.checkpoint.write import row_pieces
 from megatron_ext.errors import RequestError
 from megatron_ext.models import parameter_shapes
 from megatron_ext.optim import TrainableConfig, algorithm_named
@@ -139,10 +139,27 @@ def _value_problems(checkpoint: Path, advance: Callable[[int], object]) -> Itera
             yield key, f"cannot be read: {error}"
 
 
-def _weights_and_states(sizes: dict[str, torch.Size]) -> dict[str, Place]:
-    return {key: Place(key) for key, size in sizes.items() if key.startswith((MODEL, OPTIMIZER)) and len(size) > 0}
+def _weights_and_states(sizes: dict[str, torch.Size]) -> dict[str, StoredSlice]:
+    return {
+        key: StoredSlice(key) for key, size in sizes.items() if key.startswith((MODEL, OPTIMIZER)) and len(size) > 0
+    }
 
 
 def _several(keys: list[str]) -> str:
     first, *rest = keys
     return first if not rest else f"{first} and {len(rest)} more"
+
+
+def count_not_finite(weights: Weights, name: str, advance: Callable[[int], object] = lambda _: None) -> int:
+    """How many values of a tensor are NaN or infinite; reads it a piece at a time. `advance` is told of its bytes."""
+    count = 0
+    for rows in row_pieces(weights, name):
+        piece = weights.read_rows(name, *rows)
+        count += piece.numel() - int(piece.isfinite().sum())
+        advance(piece.nbytes)
+    return count
+
+
+def not_finite(count: int, weights: Weights, name: str) -> str:
+    """In words, after the tensor's name."""
+    return f"has {count:,} of {weights.shapes[name].numel():,} values that are not finite (NaN or infinite)"

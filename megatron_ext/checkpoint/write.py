@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_ext.checkpoint.digest import HashingWriter
-from megatron_ext.checkpoint.read import Place, Weights
+from megatron_ext.checkpoint.read import StoredSlice, Weights
 from megatron_ext.checkpoint.state import MODEL
 from megatron_ext.errors import RequestError
 from megatron_ext.torch_private import StorageInfo
@@ -27,11 +27,11 @@ _PIECE_BYTES = 40 << 20
 _FILE = "__0_0.distcp"
 
 
-def _native(name: str) -> Place:
-    return Place(MODEL + name)
+def _native(name: str) -> StoredSlice:
+    return StoredSlice(MODEL + name)
 
 
-def write_weights(folder: Path, weights: Weights, place: Callable[[str], Place] = _native) -> dict[str, str]:
+def write_weights(folder: Path, weights: Weights, place: Callable[[str], StoredSlice] = _native) -> dict[str, str]:
     """Write all of `weights` into an existing folder, reading them piece by piece.
 
     place: name -> where the weight is to lie. By default as in native checkpoints.
@@ -71,7 +71,7 @@ def row_pieces(weights: Weights, name: str) -> Iterator[tuple[int, int]]:
 class _PiecePlanner(DefaultSavePlanner):
     """Plans by shapes alone, and reads a piece when it is about to be written."""
 
-    def __init__(self, weights: Weights, place: Callable[[str], Place]):
+    def __init__(self, weights: Weights, place: Callable[[str], StoredSlice]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._weights, self._place = weights, place
         self._rows: dict[MetadataIndex, tuple[str, int, int]] = {}

@@ -26,7 +26,7 @@ _STEP_COUNT = torch.float32.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Coordinate:
     """Where a rank stands in the grid; see `mesh`."""
 
     pp: int
@@ -83,20 +83,20 @@ def rank_states(config: EngineConfig, world_size: int, rank: int) -> ModelStates
     """
     tp, n = config.parallel.tensor_model_parallel_size, shards(config, world_size)
     dp = config.parallel.data_parallel_size(world_size)
-    return place_states(config, world_size, Place(rank // (dp * tp), rank // tp % dp % n, rank % tp))
+    return place_states(config, world_size, Coordinate(rank // (dp * tp), rank // tp % dp % n, rank % tp))
 
 
 def fullest_states(config: EngineConfig, world_size: int, pp_rank: int) -> ModelStates:
     """The most that any rank of this pipeline rank holds, of each of the three."""
-    places = [Place(pp_rank, 0, 0)]  # has the largest chunk of everything
+    places = [Coordinate(pp_rank, 0, 0)]  # has the largest chunk of everything
     if config.trainable.train_only == "new-rows":  # which stand on the last ranks
         tp = config.parallel.tensor_model_parallel_size
-        places = [Place(pp_rank, s, t) for s in range(shards(config, world_size)) for t in range(tp)]
+        places = [Coordinate(pp_rank, s, t) for s in range(shards(config, world_size)) for t in range(tp)]
     found = [place_states(config, world_size, place) for place in places]
     return ModelStates(*(max(values) for values in zip(*map(dataclasses.astuple, found), strict=True)))
 
 
-def place_states(config: EngineConfig, world_size: int, place: Place) -> ModelStates:
+def place_states(config: EngineConfig, world_size: int, place: Coordinate) -> ModelStates:
     """`rank_states` by place."""
     cuts = pp_rank_parameters(config, world_size, place.pp)
     tp, n = config.parallel.tensor_model_parallel_size, shards(config, world_size)

@@ -3,7 +3,7 @@
 import dataclasses
 
 from megatron_ext.checkpoint import CheckpointWriter, Manifest
-from megatron_ext.checkpoint.load import layout_of
+from megatron_ext.checkpoint.load import mesh_sizes
 from megatron_ext.checkpoint.lock import FolderLock
 from pretrain.callbacks.callback import Callback, Decision, Stop
 from pretrain.data.place import order_of
@@ -105,7 +105,7 @@ class Saving(Callback):
             consumed_samples=run.consumed_samples,
             consumed_tokens=run.consumed_tokens,
             model=dataclasses.asdict(engine.model),
-            layout=layout_of(run.grid),
+            layout=mesh_sizes(run.grid),
             has_optimizer=True,
             optimizer=engine.optimizer.optimizer,
             trainable=dataclasses.asdict(engine.trainable),

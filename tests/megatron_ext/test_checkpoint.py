@@ -18,7 +18,7 @@ import megatron_ext.checkpoint.save
 from megatron_ext.checkpoint import CheckpointWriter, Manifest, find_checkpoint, load_checkpoint, read_manifest
 from megatron_ext.checkpoint.digest import HashingWriter, sha256_of
 from megatron_ext.checkpoint.directory import MANIFEST
-from megatron_ext.checkpoint.load import layout_of
+from megatron_ext.checkpoint.load import mesh_sizes
 from megatron_ext.engine import Engine, EngineConfig
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import build_grid
@@ -35,7 +35,7 @@ def build(config: EngineConfig | None = None) -> Engine:
 
 def manifest_of(engine: Engine, iteration: int) -> Manifest:
     return dataclasses.replace(
-        manifest(iteration), model=dataclasses.asdict(engine.config.model), layout=layout_of(engine.grid)
+        manifest(iteration), model=dataclasses.asdict(engine.config.model), layout=mesh_sizes(engine.grid)
     )
 
 

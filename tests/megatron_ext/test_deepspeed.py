@@ -12,7 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from megatron_ext.checkpoint import CheckpointWriter, Manifest, find_checkpoint, load_checkpoint
-from megatron_ext.checkpoint.load import layout_of
+from megatron_ext.checkpoint.load import mesh_sizes
 from megatron_ext.engine import Engine, EngineConfig
 from megatron_ext.errors import RequestError
 from megatron_ext.footprint import ModelStates
@@ -263,7 +263,7 @@ def write(config: EngineConfig, folder: Path) -> tuple[dict[str, torch.Tensor], 
     engine = Engine(config, grid)
     steps(engine, config, range(3))
     saved = states_of(engine)
-    manifest = Manifest(3, 48, 768, dataclasses.asdict(config.model), layout_of(grid), has_optimizer=True)
+    manifest = Manifest(3, 48, 768, dataclasses.asdict(config.model), mesh_sizes(grid), has_optimizer=True)
     CheckpointWriter(folder, engine).save(manifest, {})
     return saved, steps(engine, config, range(3, 6))
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_ext.attention import BACKENDS, Pattern, choose_attention
 from megatron_ext.checkpoint import CheckpointWriter, Manifest, find_checkpoint, load_checkpoint
-from megatron_ext.checkpoint.load import layout_of
+from megatron_ext.checkpoint.load import mesh_sizes
 from megatron_ext.engine import BatchConfig, Engine, EngineConfig, RecomputeConfig
 from megatron_ext.mesh import ParallelConfig, ProcessGrid, build_grid, init_distributed
 from megatron_ext.models import ModelConfig
@@ -80,7 +80,7 @@ def test_fifty_steps_save_and_resume_bitwise(grid: ProcessGrid, tmp_path: Path) 
     for step in range(50):
         if step == 25:
             writer = CheckpointWriter(tmp_path, straight)
-            manifest = Manifest(25, 200, 200 * 256, dataclasses.asdict(MODEL), layout_of(grid), has_optimizer=True)
+            manifest = Manifest(25, 200, 200 * 256, dataclasses.asdict(MODEL), mesh_sizes(grid), has_optimizer=True)
             writer.save(manifest, {})
         losses.append(straight.train_step(batch(step, grid), 1e-3)[0].item())
     assert losses[-1] < losses[0] - 2

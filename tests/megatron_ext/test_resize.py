@@ -14,8 +14,7 @@ import megatron_ext.checkpoint.write
 import megatron_ext.models.expand
 from megatron_ext.checkpoint import Manifest, find_checkpoint, load_checkpoint
 from megatron_ext.checkpoint.directory import partial_path, publish
-from megatron_ext.checkpoint.read import WeightReader
-from megatron_ext.checkpoint.resize import ResizedWeights
+from megatron_ext.checkpoint.read import ResizedWeights, WeightReader
 from megatron_ext.checkpoint.write import write_weights
 from megatron_ext.engine import Engine, EngineConfig
 from megatron_ext.errors import RequestError

@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from megatron_ext.checkpoint import CheckpointWriter, Manifest, find_checkpoint, load_checkpoint
-from megatron_ext.checkpoint.load import layout_of
+from megatron_ext.checkpoint.load import mesh_sizes
 from megatron_ext.checkpoint.save import publish
 from megatron_ext.checkpoint.state import checkpoint_name_of
 from megatron_ext.engine import Engine, EngineConfig
@@ -152,7 +152,7 @@ def save_after_three_steps(config: EngineConfig, root: Path) -> Named:
     for step in range(3):
         engine.train_step(share(global_batch(config, step), grid, config.batch.micro_batch_size), LR)
     CheckpointWriter(root, engine).save(
-        Manifest(3, 48, 768, dataclasses.asdict(config.model), layout_of(grid), True), {}
+        Manifest(3, 48, 768, dataclasses.asdict(config.model), mesh_sizes(grid), True), {}
     )
     return whole(engine)
 

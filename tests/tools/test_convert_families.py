@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ext.checkpoint import CheckpointWriter, Manifest, find_checkpoint
-from megatron_ext.checkpoint.load import layout_of, load_checkpoint
+from megatron_ext.checkpoint.load import load_checkpoint, mesh_sizes
 from megatron_ext.engine import BatchConfig, Engine, EngineConfig
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import ParallelConfig, build_grid
@@ -309,7 +309,7 @@ def save_again(jobs: list[tuple[ModelConfig, Path, Path]], tp: int) -> None:
         for name, parameter in engine.parameters.items():
             if name in ("embed_tokens.weight", "lm_head.weight"):
                 assert parameter.shape[0] == model.vocab_size
-        manifest = Manifest(1, 1, 8, dataclasses.asdict(model), layout_of(grid), has_optimizer=True)
+        manifest = Manifest(1, 1, 8, dataclasses.asdict(model), mesh_sizes(grid), has_optimizer=True)
         CheckpointWriter(end, engine).save(manifest, {})
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ext.checkpoint import CheckpointWriter, Manifest, find_checkpoint, load_checkpoint, read_manifest
-from megatron_ext.checkpoint.load import layout_of
+from megatron_ext.checkpoint.load import mesh_sizes
 from megatron_ext.engine import Engine, EngineConfig
 from megatron_ext.errors import RequestError
 from megatron_ext.mesh import build_grid
@@ -36,7 +36,7 @@ def train_and_save(config: EngineConfig, root: Path) -> float:
         40,
         640,
         dataclasses.asdict(config.model),
-        layout_of(engine.grid),
+        mesh_sizes(engine.grid),
         has_optimizer=True,
         trainable=dataclasses.asdict(config.trainable),
         lora=dataclasses.asdict(config.adapters),

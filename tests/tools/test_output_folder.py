@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint import write
-from megatron_ext.checkpoint.piece import StoredPiece
+from megatron_ext.checkpoint.read import StoredPiece
 from megatron_ext.errors import RequestError
 from tests.tools.test_convert_checkpoint import convert, hf_model
 from tests.weights import InMemory

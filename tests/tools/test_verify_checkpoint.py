@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_ext.checkpoint import CheckpointWriter, Manifest, find_checkpoint
 from megatron_ext.checkpoint.directory import LATEST, MANIFEST
-from megatron_ext.checkpoint.load import layout_of
+from megatron_ext.checkpoint.load import mesh_sizes
 from megatron_ext.checkpoint.metadata import read_metadata
-from megatron_ext.checkpoint.piece import StoredPiece
+from megatron_ext.checkpoint.read import StoredPiece
 from megatron_ext.engine import Engine, EngineConfig
 from megatron_ext.mesh import build_grid
 from megatron_ext.models import preset, preset_names
@@ -50,7 +50,7 @@ def save(config: EngineConfig, root: Path) -> None:
             8 * iteration,
             128 * iteration,
             dataclasses.asdict(config.model),
-            layout_of(engine.grid),
+            mesh_sizes(engine.grid),
             has_optimizer=True,
             trainable=dataclasses.asdict(config.trainable),
             lora=None if config.adapters is None else dataclasses.asdict(config.adapters),

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint.resize import VOCABULARY_MATRICES, ResizedWeights
+from megatron_ext.checkpoint.read import VOCABULARY_MATRICES, ResizedWeights
 from megatron_ext.models.expand import Expansion
 from tokenizer.merge.decompose import Decomposition, decompose
 from tools.conversion.source import Source

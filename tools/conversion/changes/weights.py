@@ -4,8 +4,8 @@ import functools
 
 import torch
 
-from megatron_ext.checkpoint.finite import count_not_finite, not_finite
 from megatron_ext.checkpoint.read import Weights
+from megatron_ext.checkpoint.verify import count_not_finite, not_finite
 from megatron_ext.errors import RequestError
 from megatron_ext.tensor_parallel import LoraConfig, adapter_product
 

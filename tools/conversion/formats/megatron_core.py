@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from megatron_ext.checkpoint.read import Place, WeightReader
+from megatron_ext.checkpoint.read import StoredSlice, WeightReader
 from megatron_ext.checkpoint.write import write_weights
 from megatron_ext.errors import RequestError
 from megatron_ext.models import ModelConfig
@@ -103,19 +103,19 @@ def write_megatron(source: Source, folder: Path) -> None:
     (folder / _TRACKER).write_text(_RELEASE, encoding="utf-8")
 
 
-def _stacked(layers: int) -> Callable[[str], Place]:
+def _stacked(layers: int) -> Callable[[str], StoredSlice]:
     """Numbered names -> a slice of the tensor of all layers."""
 
-    def place(name: str) -> Place:
+    def place(name: str) -> StoredSlice:
         layer = re.match(r"decoder\.layers\.(\d+)\.", name)
         if layer is None:
-            return Place(name)
-        return Place("decoder.layers." + name[layer.end() :], int(layer[1]), layers)
+            return StoredSlice(name)
+        return StoredSlice("decoder.layers." + name[layer.end() :], int(layer[1]), layers)
 
     return place
 
 
-def _numbered(sizes: dict[str, torch.Size]) -> dict[str, Place]:
+def _numbered(sizes: dict[str, torch.Size]) -> dict[str, StoredSlice]:
     """Numbered names of all weights, whether their layers are stacked or not."""
     places = {}
     for key, size in sizes.items():
@@ -123,10 +123,10 @@ def _numbered(sizes: dict[str, torch.Size]) -> dict[str, Place]:
             continue
         stacked = _STACKED.match(key)
         if stacked is None:
-            places[key] = Place(key)
+            places[key] = StoredSlice(key)
         else:
             for layer in range(size[0]):
-                places[_LAYER.format(layer) + key[stacked.end() :]] = Place(key, layer, size[0])
+                places[_LAYER.format(layer) + key[stacked.end() :]] = StoredSlice(key, layer, size[0])
     return places
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_ext.checkpoint.piece import values_offset
+from megatron_ext.checkpoint.read import values_offset
 from megatron_ext.errors import RequestError
 from tools.conversion.formats.tensor_files import Entry, TensorFiles
 
