@@ -14,7 +14,7 @@ from pretrain.data.config import DataConfig
 from pretrain.data.corpora import SPLITS, Corpus, read_corpora, require_training_samples
 from pretrain.data.masks import document_ids, position_ids
 from pretrain.data.order import SampleOrder
-from pretrain.data.source import Order, Packer, Place, Sample, Source
+from pretrain.data.source import Order, Packer, Sample, SampleIndex, Source
 from pretrain.data.tokenizer_file import eod_token
 
 
@@ -193,7 +193,7 @@ class Part(Dataset[Sample], Packer):
     def __init__(self, corpora: Sequence[Corpus], sources: Sequence[Source], order: Order) -> None:
         self.corpora, self.sources, self.order = corpora, sources, order
 
-    def __getitem__(self, place: Place) -> Sample:
+    def __getitem__(self, place: SampleIndex) -> Sample:
         corpus, sample = place
         return self.sources[corpus][sample]
 

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-Place = tuple[int, int]
-"""(source, index of a sample in it)"""
+SampleIndex = tuple[int, int]
+"""(source, number of a sample in it)"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Source(Protocol):
 class Order(Protocol):
     """What stands at each position >= 0 of an endless order, whatever the ranks, the batches and the restarts."""
 
-    def __getitem__(self, position: int) -> Place: ...
+    def __getitem__(self, position: int) -> SampleIndex: ...
 
 
 class Packer(Protocol):
@@ -49,4 +49,4 @@ class Packer(Protocol):
 
     order: Order
 
-    def __getitem__(self, place: Place) -> Sample: ...
+    def __getitem__(self, place: SampleIndex) -> Sample: ...
