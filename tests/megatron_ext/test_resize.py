@@ -240,7 +240,8 @@ def test_every_layout_loads_the_same_rows(pool: Pool, saved: dict[bool, Path], n
     (tied, where), expansion = LAYOUTS[name], larger("mean-subtoken")
     reader = WeightReader(find_checkpoint(saved[tied]))
     expected = ResizedWeights(reader, expansion)
-    config = tiny(vocab_size=LARGER, untie_embeddings_and_output_weights=not tied, **where.options)
+    options = where.options | {"num_layers": tiny().model.num_layers}  # as many as were saved
+    config = tiny(vocab_size=LARGER, untie_embeddings_and_output_weights=not tied, **options)
     ranks = pool.run(load, where.ranks, saved[tied], config, expansion)
     found = set()
     for parameters in ranks:
