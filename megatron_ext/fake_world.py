@@ -1,4 +1,4 @@
-"""A world that is not there: process groups, cuts and shapes as in a real one, and neither messages nor values.
+"""A fake world, in PyTorch's word for it: process groups and shapes as in a real one, neither messages nor values.
 
 One process can so be any rank of thousands, and build what that rank would build.
 """
@@ -27,6 +27,7 @@ def init_fake_world(rank: int, world_size: int) -> torch.device:
 
 
 def destroy_fake_world() -> None:
+    """Leave it, so that this process can join another world."""
     del torch.meta  # type: ignore[attr-defined]
     dist.destroy_process_group()
     forget_placements()  # a mesh equals that of another rank, and DTensor would give it to the next one

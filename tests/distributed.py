@@ -92,8 +92,8 @@ class Pool:
             for pipe in pipes:
                 pipe.close()
 
-    def pretend(self, fn: Callable[..., Any], world_size: int, *args: Any, ranks: Sequence[int] | None = None) -> Any:
-        """fn(*args) as ranks of a world that is not there (megatron_ext/fake_world.py), all in one process: their
+    def run_fake(self, fn: Callable[..., Any], world_size: int, *args: Any, ranks: Sequence[int] | None = None) -> Any:
+        """Run fn(*args) as ranks of a fake world (megatron_ext/fake_world.py), all in one process, and give their
         results. Of messages there is all but what is in them. ranks: by default the first and the last."""
         return self.run(_as_ranks, 1, fn, world_size, args, ranks or sorted({0, world_size - 1}))[0]
 

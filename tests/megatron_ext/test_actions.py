@@ -46,7 +46,7 @@ def test_as_it_runs(pool: Pool, schedule: str, pp: int, per_rank: int | None, mi
         global_batch_size=microbatches,
     )
     ranks = range(0, pp, pp - 1)
-    for rank, (layout, actions) in zip(ranks, pool.pretend(recorded, pp, config, ranks=ranks), strict=True):
+    for rank, (layout, actions) in zip(ranks, pool.run_fake(recorded, pp, config, ranks=ranks), strict=True):
         assert action_lists(layout, microbatches)[rank] == tuple(actions)
 
 

@@ -119,7 +119,7 @@ def zero_volume(stage: int, psi: int, m: int) -> dict[str, int]:
 def test_zero_volume(pool: Pool, dp: int, stage: int) -> None:
     config = tiny(zero_stage=stage)
     m = config.batch.microbatches(dp)
-    for messages in pool.pretend(messages_of_a_step, dp, config):
+    for messages in pool.run_fake(messages_of_a_step, dp, config):
         assert volume(messages, "dp_shard") == zero_volume(stage, parameters(config.model), m)
         assert {axis for axis, _, _ in messages} == {"dp_shard"}
 
@@ -145,7 +145,7 @@ def gathers_before_each_layer(config: EngineConfig) -> list[int]:
 def test_the_next_group_is_gathered_while_a_layer_computes(pool: Pool, stage: int) -> None:
     """Before layer k computes: the embedding, the layers up to k, and one more: layer k + 1, or at last the head."""
     config = tiny(zero_stage=stage)
-    for issued in pool.pretend(gathers_before_each_layer, 2, config):
+    for issued in pool.run_fake(gathers_before_each_layer, 2, config):
         assert issued == [1 + (k + 1) + 1 for k in range(config.model.num_layers)]
 
 
@@ -154,7 +154,7 @@ def test_hybrid_volume(pool: Pool, stage: int) -> None:
     """As ZeRO within a group of two; between the two groups every gradient shard is reduced once a step."""
     config = tiny(zero_stage=stage, zero_shard_size=2)
     psi, m = parameters(config.model), config.batch.microbatches(4)
-    for messages in pool.pretend(messages_of_a_step, 4, config):
+    for messages in pool.run_fake(messages_of_a_step, 4, config):
         assert volume(messages, "dp_shard") == zero_volume(stage, psi, m)
         assert volume(messages, "dp_replicate") == {REDUCE: psi // 2}
 
@@ -162,7 +162,7 @@ def test_hybrid_volume(pool: Pool, stage: int) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_zero_1_communicates_once_a_step_in_every_schedule(pool: Pool, schedule: str) -> None:
     config = tiny(pipeline_model_parallel_size=2, pipeline_schedule=schedule, zero_stage=1)
-    ranks = [volume(messages, "dp_shard") for messages in pool.pretend(messages_of_a_step, 4, config)]
+    ranks = [volume(messages, "dp_shard") for messages in pool.run_fake(messages_of_a_step, 4, config)]
     for rank in ranks:
         assert rank[GATHER] == rank[SCATTER]
     psi = parameters(config.model)
@@ -173,7 +173,7 @@ def test_zero_1_communicates_once_a_step_in_every_schedule(pool: Pool, schedule:
 def test_gradients_accumulated_whole_are_reduced_once_a_step(pool: Pool) -> None:
     config = tiny(zero_stage=3, zero_shard_size=2, accumulate_then_reduce=True)
     psi, m = parameters(config.model), config.batch.microbatches(4)
-    for messages in pool.pretend(messages_of_a_step, 4, config):
+    for messages in pool.run_fake(messages_of_a_step, 4, config):
         assert volume(messages, "dp_shard") == {GATHER: 2 * m * psi, SCATTER: psi}
         assert volume(messages, "dp_replicate") == {REDUCE: psi // 2}
 
@@ -183,7 +183,7 @@ def test_gradients_accumulated_whole_are_reduced_once_in_a_pipeline(pool: Pool, 
     options = {"pipeline_model_parallel_size": 2, "pipeline_schedule": schedule, "zero_stage": 3}
     config = tiny(accumulate_then_reduce=True, **options)
     psi, m = parameters(config.model), config.batch.microbatches(2)
-    ranks = [volume(messages, "dp_shard") for messages in pool.pretend(messages_of_a_step, 4, config)]
+    ranks = [volume(messages, "dp_shard") for messages in pool.run_fake(messages_of_a_step, 4, config)]
     assert sum(rank[SCATTER] for rank in ranks) == psi  # the first stages on the first rank, the others on the last
     if schedule != "zbv":  # which gathers a whole stage for each half of a backward pass
         assert sum(rank[GATHER] for rank in ranks) == 2 * m * psi
@@ -198,7 +198,7 @@ def test_gradients_in_bfloat16_are_half_the_bytes(pool: Pool, stage: int, shard:
         expected = {("dp_shard", kind): n * (2 if kind == GATHER else size) for kind, n in elements.items()}
         if shard is not None:
             expected["dp_replicate", REDUCE] = psi // shard * size
-        assert pool.pretend(bytes_of_a_step, 4, config) == [expected] * 2
+        assert pool.run_fake(bytes_of_a_step, 4, config) == [expected] * 2
 
 
 @pytest.mark.parametrize("recompute", [None, "full"])
@@ -210,7 +210,7 @@ def test_tensor_parallel_messages(pool: Pool, layers: int, recompute: str | None
     m, hidden = config.batch.microbatches(1), (8, 16, 32)
     # The last all-reduce of a layer's forward has nothing after it that backward needs: recomputation stops before.
     forwards = 2 if recompute is None else 3
-    for messages in pool.pretend(messages_of_a_step, 2, config):
+    for messages in pool.run_fake(messages_of_a_step, 2, config):
         assert messages == {
             ("tp", REDUCE, hidden): m * ((forwards + 2) * layers + 1 + 1),
             ("tp", REDUCE, (8 * 16, 1)): m,  # cross entropy: the maximum,
@@ -228,7 +228,7 @@ def test_sequence_parallel_messages(pool: Pool, layers: int) -> None:
     embedding_backward, head_forward, head_again = 1, 1, 1
     embedding_forward, head_backward = 1, 1
     norms = (2 * layers + 1) * 32
-    for messages in pool.pretend(messages_of_a_step, 2, config):
+    for messages in pool.run_fake(messages_of_a_step, 2, config):
         assert messages == {
             ("tp", GATHER, gathered): m * ((2 + 2 + 2) * layers + embedding_backward + head_forward + head_again),
             ("tp", SCATTER, scattered): m * ((2 + 2) * layers + embedding_forward + head_backward),
@@ -270,7 +270,7 @@ def test_shares_of_gradients_are_summed_once_a_step(pool: Pool, stage: int) -> N
     model = config.model
     h, d, layers = model.hidden_size, model.head_dim, model.num_layers
     elements = h + layers * (2 * h + 2 * d + 2 * h + 2 * (d * h + d))
-    for messages in pool.pretend(messages_of_a_step, 4, config):
+    for messages in pool.run_fake(messages_of_a_step, 4, config):
         sums = {key: n for key, n in messages.items() if key[:2] == ("tp", REDUCE) and len(key[2]) == 1}
         assert sums == {("tp", REDUCE, (elements // (2 if stage else 1),)): 1}
 
@@ -280,7 +280,7 @@ def test_pipeline_messages(pool: Pool, tp: int) -> None:
     """Hidden states forward and their gradients backward, once for every microbatch and boundary."""
     config = tiny(tensor_model_parallel_size=tp, sequence_parallel=tp > 1, pipeline_model_parallel_size=2)
     m = config.batch.microbatches(1)
-    for messages in pool.pretend(messages_of_a_step, 2 * tp, config):
+    for messages in pool.run_fake(messages_of_a_step, 2 * tp, config):
         sent = {key: count for key, count in messages.items() if key[0] == "pp"}
         assert sent == {("pp", SEND, (2, 16 // tp, 32)): m}
 
@@ -348,7 +348,7 @@ def test_zero_memory(pool: Pool, stage: int, shard: int | None, accumulate: bool
     ):  # FSDP keeps the input of its last reduce-scatter, the embedding's, until the next one
         model = config.model
         gradients += 4 * model.vocab_size * model.hidden_size / parameters(model)
-    for between_steps, before_update, between_microbatches in pool.pretend(memory, 4, config):
+    for between_steps, before_update, between_microbatches in pool.run_fake(memory, 4, config):
         # 1 %: step counts of AdamW, scalars
         assert between_steps == pytest.approx((4 + 8) / n, rel=0.01)
         assert before_update == pytest.approx((4 + 4 + 8) / n, rel=0.01)
@@ -358,6 +358,6 @@ def test_zero_memory(pool: Pool, stage: int, shard: int | None, accumulate: bool
 def test_memory_is_divided_by_pipeline_and_tensor_parallelism(pool: Pool) -> None:
     config = tiny(pipeline_model_parallel_size=2, tensor_model_parallel_size=2, micro_batch_size=4)
     psi, norms = parameters(config.model), (2 * config.model.num_layers + 1) * config.model.hidden_size
-    ranks = [between_steps * psi for between_steps, _, _ in pool.pretend(memory, 4, config)]
+    ranks = [between_steps * psi for between_steps, _, _ in pool.run_fake(memory, 4, config)]
     assert 2 * sum(ranks) == pytest.approx(12 * (psi + norms), rel=0.01)  # every tp rank has all of the norms
     assert max(ranks) - min(ranks) < 12 * parameters_per_layer(config.model)

@@ -199,7 +199,7 @@ def test_bytes_held(pool: Pool, tmp_path: Path, name: str) -> None:
         options = options | {"deepspeed_config": str(file)}
     # many layers, for at stages 1 and 2 a rank holds the whole gradient of a matrix that it has the first part of
     config = tiny(**deepspeed(dp=4, num_layers=16, **options).options)
-    for states, psi in pool.pretend(bytes_held, 4, config):
+    for states, psi in pool.run_fake(bytes_held, 4, config):
         for size, total, is_divided in zip(dataclasses.astuple(states), per_parameter, divided, strict=True):
             assert size == pytest.approx(psi * total / (4 if is_divided else 1), rel=0.02)
 
@@ -232,7 +232,7 @@ def test_messages(pool: Pool, tmp_path: Path, stage: int, settings: dict[str, An
     file.write_text(json.dumps({"zero_optimization": settings}))
     config = tiny(**deepspeed(dp=4, zero=stage, micro_batch_size=1, deepspeed_config=str(file)).options)
     psi = parameters(config.model)
-    for found in pool.pretend(messages, 4, config):
+    for found in pool.run_fake(messages, 4, config):
         large = {kind: n for kind, n in found.items() if n > 10}  # stage 3 sums its norm apart
         assert large == pytest.approx({kind: n * psi for kind, n in times.items()}, rel=0.01)
 

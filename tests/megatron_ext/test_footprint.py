@@ -160,7 +160,7 @@ def by_rank(
     pool: Pool, world_size: int, configs: list[EngineConfig], ranks: Sequence[int] | None = None
 ) -> list[tuple[ModelStates, ...]]:
     """For every configuration what these ranks hold (by default the first and the last)."""
-    return list(zip(*pool.pretend(states_of, world_size, configs, ranks=ranks), strict=True))
+    return list(zip(*pool.run_fake(states_of, world_size, configs, ranks=ranks), strict=True))
 
 
 @pytest.mark.parametrize("dp", sweep((2, 4, 8), {2}))

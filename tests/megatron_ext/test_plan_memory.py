@@ -69,7 +69,7 @@ def held(configs: list[EngineConfig]) -> list[tuple[ModelStates, ModelStates]]:
 def test_states_are_predicted_to_the_byte(pool: Pool, ranks: int) -> None:
     layouts = [options for n, options in LAYOUTS if n == ranks]
     configs = [tiny(**options) for options in layouts]
-    for rank, found in enumerate(pool.pretend(held, ranks, configs, ranks=range(ranks))):
+    for rank, found in enumerate(pool.run_fake(held, ranks, configs, ranks=range(ranks))):
         for options, (measured, predicted) in zip(layouts, found, strict=True):
             assert predicted == measured, (rank, options)
 
@@ -133,7 +133,7 @@ def test_what_microbatches_keep(pool: Pool, ranks: int) -> None:
     cases = [options for n, options in KEEPING if n == ranks]
     configs = [tiny(**SHAPE | PP | options).validate(ranks) for options in cases]
     first_and_last = sorted({0, ranks - 1})
-    for rank, found in zip(first_and_last, pool.pretend(watched, ranks, configs, True, ranks=first_and_last)):
+    for rank, found in zip(first_and_last, pool.run_fake(watched, ranks, configs, True, ranks=first_and_last)):
         for config, options, (passes, _) in zip(configs, cases, found, strict=True):
             expected = kept_by_passes(config, rank * 2 // ranks)
             assert {action for action, _ in passes} == {action for action, _ in expected}
@@ -215,7 +215,7 @@ def test_the_last_stage_lets_go_of_what_it_received(pool: Pool, schedule: str) -
     shape = {**SHAPE, **PP, "pipeline_schedule": schedule, "global_batch_size": 24, "micro_batch_size": 2}
     config = tiny(**shape).validate(2)
     message = saved_bytes(config, StageSpec(0, 1, True, False)).message
-    last = pool.pretend(kept_after_losses, 2, config)[1]
+    last = pool.run_fake(kept_after_losses, 2, config)[1]
     assert len(last) == 12
     assert last[-1] - last[0] < 2 * message
 
@@ -272,7 +272,7 @@ def test_weights_are_cast_once_a_step(pool: Pool) -> None:
     kept = {}
     for dp, ranks in ((1, 4), (2, 8)):
         config = tiny(**LLAMA, zero_stage=dp - 1, global_batch_size=4 * dp).validate(ranks)
-        ((passes, _),) = pool.pretend(watched, ranks, [config], True, ranks=[0])[0]
+        ((passes, _),) = pool.run_fake(watched, ranks, [config], True, ranks=[0])[0]
         kept[dp] = [size for action, size in passes if action.kind == "F"]
     casts = cast_bytes(config, [StageSpec(0, 2, True, False)])
     assert casts > 0.2 * kept[1][0]

@@ -264,7 +264,7 @@ def bytes_held(config: Any) -> dict[str, int]:
 def test_frozen_weights_have_neither_gradients_nor_moments(pool: Pool, zero: int) -> None:
     """A pipeline of three, of which the middle stage has nothing to train; old rows have no moments either."""
     options = ONLY["new rows"] | {"pipeline_model_parallel_size": 3, "zero_stage": zero, "micro_batch_size": 2}
-    held = pool.pretend(bytes_held, 6, tiny(pipeline_layers=(1, 2, 1), **options), ranks=range(6))
+    held = pool.run_fake(bytes_held, 6, tiny(pipeline_layers=(1, 2, 1), **options), ranks=range(6))
     matrix, new = 4 * 96 * 32, 4 * (96 - BASE) * 32
     share_of = 1 if zero == 0 else 2
     for stage in (held[0:2], held[4:6]):
