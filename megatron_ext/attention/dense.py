@@ -27,8 +27,14 @@ def dense_bias(pattern: Pattern, length: int, device: torch.device, dtype: torch
     return bias.masked_fill_(forbidden, -torch.inf)[None]
 
 
-def within_documents(bias: torch.Tensor, document_ids: torch.Tensor) -> torch.Tensor:
-    """`bias` where both tokens are of one document, else -inf: [b, 1 or heads, s, s]. document_ids: int64 [b, s]."""
+def within_documents(pattern: Pattern, bias: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
+    """`bias`; of a pattern with documents only where both tokens are of one, else -inf: [b, 1 or heads, s, s].
+
+    document_ids: int64 [b, s], just if the pattern has documents.
+    """
+    assert pattern.documents == (document_ids is not None)
+    if document_ids is None:
+        return bias
     return bias.masked_fill(document_ids[:, None, :, None] != document_ids[:, None, None, :], -torch.inf)
 
 
@@ -48,7 +54,7 @@ class DenseBackend:
         bias = dense_bias(pattern, length, device, dtype)
 
         def of_batch(document_ids: torch.Tensor | None) -> Attend:
-            here = bias if document_ids is None else within_documents(bias, document_ids)
+            here = within_documents(pattern, bias, document_ids)
             return lambda q, k, v: dense_attention(q, k, v, here)
 
         return of_batch

@@ -79,10 +79,8 @@ class SdpaBackend:
         bias = dense_bias(pattern, length, device, dtype) if pattern.masks else None
 
         def of_batch(document_ids: torch.Tensor | None) -> Attend:
-            mask = bias
-            if document_ids is not None:
-                assert bias is not None
-                mask = within_documents(bias, document_ids)
+            assert bias is not None or document_ids is None
+            mask = None if bias is None else within_documents(pattern, bias, document_ids)
             return functools.partial(self._attend, mask=mask, is_causal=pattern.causal and mask is None)
 
         return of_batch

@@ -142,6 +142,15 @@ def test_repeated_heads_are_in_the_account() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["dense", "math"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_documents_are_not_ignored(name: str, pattern: Pattern) -> None:
+    """Neither where the pattern has none, nor where a batch does not say which they are."""
+    prepared = BACKENDS[name].prepare(pattern, S, CPU, torch.float64)
+    with pytest.raises(AssertionError):
+        prepared(None if pattern.documents else DOCUMENTS)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_dense_attention_keeps(dtype: torch.dtype) -> None:
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs())
