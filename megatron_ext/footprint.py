@@ -80,7 +80,7 @@ def deepspeed(compute: torch.dtype, stage: int, offload: bool) -> Footprint:
 
 
 @torch.no_grad()
-def held(tensors: Iterable[torch.Tensor]) -> int:
+def nbytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind the local parts of `tensors`; one that several are views of counts once."""
     storages = [(t.to_local() if isinstance(t, DTensor) else t).untyped_storage() for t in tensors]
     return sum({storage_id(storage): storage.nbytes() for storage in storages}.values())

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from megatron_ext.engine import Engine, EngineConfig
 from megatron_ext.errors import RequestError
 from megatron_ext.fake_world import destroy_fake_world, init_fake_world
-from megatron_ext.footprint import ModelStates, held
+from megatron_ext.footprint import ModelStates, nbytes
 from megatron_ext.mesh import ProcessGrid, build_grid
 from megatron_ext.models import StageSpec, parameter_shapes
 from megatron_ext.models.names import EMBEDDING
 from megatron_ext.pipeline import StageLayout
 from megatron_ext.planner.memory import RankMemory, pipeline_memory
-from megatron_ext.planner.states import layout_of, pp_rank_elements, rank_states
+from megatron_ext.planner.states import pp_rank_elements, rank_states, stage_layout
 from megatron_ext.torch_private import compute_local_shape_and_global_offset
 from megatron_ext.zero import ZeroConfig
 from pretrain.config import RunConfig
@@ -60,7 +60,7 @@ def dry_run(config: RunConfig) -> None:
     most = max(of_rank.total for of_rank in memory)
     lines = (
         *introduction,
-        *table(layout_of(resolved, world_size), parameters, memory),
+        *table(stage_layout(resolved, world_size), parameters, memory),
         *remarks(config, len(built), most),
     )
     print(f"dry run of {world_size} {'rank' if world_size == 1 else 'ranks'}: nothing is sent, written or trained")
@@ -122,7 +122,7 @@ def check_shapes(engine: Engine, shapes: Shapes) -> None:
 def check_states(engine: Engine, predicted: ModelStates) -> None:
     """Raise RuntimeError where the rank would not hold what is predicted, to the byte."""
     # before the first step there are no gradients; they are cut and padded as their weights are
-    gradients = held(p for p in engine.parameters.values() if p.requires_grad)
+    gradients = nbytes(p for p in engine.parameters.values() if p.requires_grad)
     states = dataclasses.replace(engine.model_states(), gradients=gradients)
     if states != predicted:
         raise RuntimeError(f"rank {engine.grid.mesh.get_rank()} holds {states}, predicted is {predicted}")

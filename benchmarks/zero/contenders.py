@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megatron_ext.engine import Batch, BatchConfig, Engine, EngineConfig
 from megatron_ext.errors import RequestError
-from megatron_ext.footprint import ModelStates, held
+from megatron_ext.footprint import ModelStates, nbytes
 from megatron_ext.mesh import ParallelConfig, ProcessGrid, build_grid
 from megatron_ext.models import ModelConfig, initialize_parameter, preset
 from megatron_ext.models.count import parameters_per_layer
@@ -27,7 +27,7 @@ from megatron_ext.optim.adamw import torch_adamw
 from megatron_ext.tensor_parallel import distribute_parameters, localize_parameters
 from megatron_ext.zero import ZeroConfig
 from megatron_ext.zero.deepspeed.check import check_installed
-from megatron_ext.zero.deepspeed.known import BF16_STAGE_1, KNOWN
+from megatron_ext.zero.deepspeed.schema import BF16_STAGE_1, SETTINGS
 
 DDP = "DDP"
 _CPU_SHAPE = ModelConfig(
@@ -99,7 +99,7 @@ def ddp(task: Task) -> Contender:
         squares = squared_norms([param.grad for param in params.values() if param.grad is not None])
         norm = squares.sum().sqrt().float()
         torch.nn.utils.clip_grads_with_norm_(params.values(), config.optimizer.clip_grad, norm)
-        gradients = held(param.grad for param in params.values() if param.grad is not None)
+        gradients = nbytes(param.grad for param in params.values() if param.grad is not None)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # or the next ones would lie beside the buckets
         mean = torch.stack(losses).mean() / task.grid.dp_size
@@ -107,8 +107,8 @@ def ddp(task: Task) -> Contender:
         return torch.stack([mean, norm])
 
     def states() -> ModelStates:
-        moments = held(tensor for state in optimizer.state.values() for tensor in state.values())
-        return ModelStates(held(params.values()), gradients, moments)
+        moments = nbytes(tensor for state in optimizer.state.values() for tensor in state.values())
+        return ModelStates(nbytes(params.values()), gradients, moments)
 
     return Contender(step, states)
 
@@ -130,7 +130,7 @@ def deepspeed(task: Task, zero_stage: int, **zero: Any) -> Contender:
         "stage3_param_persistence_threshold": task.config.model.hidden_size,
     }
     where = BF16_STAGE_1 if zero_stage == 1 and task.config.precision.bf16 else str(zero_stage)
-    sizes = {key: size for key, size in all_sizes.items() if where in KNOWN[f"zero_optimization.{key}"].stages}
+    sizes = {key: size for key, size in all_sizes.items() if where in SETTINGS[f"zero_optimization.{key}"].stages}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "deepspeed.json"
         file.write_text(json.dumps({"zero_optimization": sizes}), encoding="utf-8")

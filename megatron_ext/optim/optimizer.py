@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from megatron_ext.footprint import ModelStates, held
+from megatron_ext.footprint import ModelStates, nbytes
 from megatron_ext.mesh import ProcessGrid
 from megatron_ext.optim.algorithm import STEP, new_state
 from megatron_ext.optim.algorithms import algorithm_named
@@ -67,7 +67,7 @@ class ShardedOptimizer:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `zero.Optimizer.update`; norm and `sums` travel in one message."""
         if measure:
-            self._gradient_bytes = held(p.grad for p in self.params.values() if p.grad is not None)
+            self._gradient_bytes = nbytes(p.grad for p in self.params.values() if p.grad is not None)
         totals = torch.cat([sums, self._norm_contribution().to(sums.device)[None]])
         dist.all_reduce(totals)
         norm = totals[-1].sqrt()
@@ -127,7 +127,7 @@ class ShardedOptimizer:
 
     def model_states(self) -> ModelStates:
         states = [value for _, names in self._groups for name in names for value in self.local_states[name].values()]
-        return ModelStates(held(self._named.values()), self._gradient_bytes, held([self.step_count, *states]))
+        return ModelStates(nbytes(self._named.values()), self._gradient_bytes, nbytes([self.step_count, *states]))
 
     def state_dict(self, empty: bool = False) -> States:
         """All weights and states, in place; see `state`. They are at hand, so `empty` saves nothing."""

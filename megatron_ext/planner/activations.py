@@ -26,7 +26,7 @@ _INDEX, _BOOL = torch.int64.itemsize, torch.bool.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
-class Saved:
+class ActivationBytes:
     """Bytes of one microbatch on a stage.
 
     kept: from the forward to the backward pass (or its input half), of which `layer` is a layer's and `head` the final
@@ -80,7 +80,9 @@ class _Sizes:
         )
 
 
-def saved_bytes(config: EngineConfig, stage: StageSpec, device_type: str = "cuda", casts: bool = False) -> Saved:
+def saved_bytes(
+    config: EngineConfig, stage: StageSpec, device_type: str = "cuda", casts: bool = False
+) -> ActivationBytes:
     """What a microbatch keeps on `stage`.
 
     config: validated. device_type: whose kernels run, "cuda" or "cpu". casts: weights are cast by the layers, and their
@@ -116,7 +118,9 @@ def saved_bytes(config: EngineConfig, stage: StageSpec, device_type: str = "cuda
     else:
         deferred = kept + layers * _deferred_gradients(config) + (message - of_loss.tokens if stage.has_head else 0.0)
         deferred_logits = of_loss.deferred
-    return Saved(kept, layer, head, of_loss.logits, deferred, deferred_logits, temporary, of_loss.temporary, message)
+    return ActivationBytes(
+        kept, layer, head, of_loss.logits, deferred, deferred_logits, temporary, of_loss.temporary, message
+    )
 
 
 def layer_terms(config: EngineConfig, device_type: str = "cuda") -> dict[str, float]:

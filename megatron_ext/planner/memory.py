@@ -23,14 +23,14 @@ from megatron_ext.footprint import ModelStates
 from megatron_ext.models import StageSpec
 from megatron_ext.pipeline import StageLayout
 from megatron_ext.pipeline.actions import Action, action_lists
-from megatron_ext.planner.activations import Saved, attention_input_bytes, saved_bytes
+from megatron_ext.planner.activations import ActivationBytes, attention_input_bytes, saved_bytes
 from megatron_ext.planner.states import (
-    alike,
+    canonical_stage,
     fullest_states,
     is_sharded,
-    layout_of,
     local_elements,
     shards,
+    stage_layout,
     stage_parameters,
 )
 
@@ -68,11 +68,11 @@ def pipeline_memory(config: EngineConfig, world_size: int, device_type: str = "c
     forwarded once the first one has been backwarded (gpipe, or as many microbatches as stages): gradients are counted
     beside the most activations. The allocator's fragments, the context and what NCCL and cuBLAS take are not counted.
     """
-    layout = layout_of(config, world_size)
+    layout = stage_layout(config, world_size)
     microbatches = config.batch.microbatches(config.parallel.data_parallel_size(world_size))
     ranks = shards(config, world_size) if is_sharded(config, world_size) else 0
     casts, fixed = casts_weights(config, world_size), attention_input_bytes(config, device_type)
-    kinds = [alike(config, stage) for stage in layout.stages]
+    kinds = [canonical_stage(config, stage) for stage in layout.stages]
     saved = {kind: saved_bytes(config, kind, device_type, casts) for kind in set(kinds)}
     points = {kind: _points(config, layout, kind, of, ranks, device_type) for kind, of in saved.items()}
     of_stages, points_of_stages = [saved[kind] for kind in kinds], [points[kind] for kind in kinds]
@@ -183,7 +183,7 @@ class Point(NamedTuple):
     working: float
 
 
-def peak(passed: Iterable[Moment], saved: Sequence[Saved], points: Sequence[dict[str, Point]]) -> Point:
+def peak(passed: Iterable[Moment], saved: Sequence[ActivationBytes], points: Sequence[dict[str, Point]]) -> Point:
     """The point of a rank's step with most bytes.
 
     saved: of one microbatch, by stage of the pipeline. points: by stage and kind of pass, what there is more (or less)
@@ -202,7 +202,7 @@ def peak(passed: Iterable[Moment], saved: Sequence[Saved], points: Sequence[dict
 
 
 def _points(
-    config: EngineConfig, layout: StageLayout, stage: StageSpec, saved: Saved, ranks: int, device_type: str
+    config: EngineConfig, layout: StageLayout, stage: StageSpec, saved: ActivationBytes, ranks: int, device_type: str
 ) -> dict[str, Point]:
     """Where a pass through a stage needs most, by kind of pass. ranks: that ZeRO shards over; 0: it does not.
 

@@ -8,7 +8,7 @@ from megatron_ext.pipeline import StageLayout
 from megatron_ext.planner.cluster import Cluster
 from megatron_ext.planner.memory import RankMemory, pipeline_memory
 from megatron_ext.planner.program import Program
-from megatron_ext.planner.states import layout_of
+from megatron_ext.planner.states import stage_layout
 from megatron_ext.planner.step import StepTime, step_time
 
 
@@ -23,7 +23,7 @@ class Plan:
     @functools.cached_property
     def layout(self) -> StageLayout:
         """Which layers stand where."""
-        return layout_of(self.config, self.cluster.gpus)
+        return stage_layout(self.config, self.cluster.gpus)
 
     @functools.cached_property
     def memory(self) -> list[RankMemory]:

@@ -35,7 +35,7 @@ class Coordinate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class ParameterKind:
     """A parameter's global shape and what happens to it: the dimension that TP cuts (None: none of them), and from
     which row on it is trained (None: not at all)."""
 
@@ -54,7 +54,7 @@ class Cut:
         return shape, skipped
 
 
-def layout_of(config: EngineConfig, world_size: int) -> StageLayout:
+def stage_layout(config: EngineConfig, world_size: int) -> StageLayout:
     """The stages of a validated configuration."""
     microbatches = config.batch.microbatches(config.parallel.data_parallel_size(world_size))
     return _layout(config.pipeline, config.model, config.parallel.pipeline_model_parallel_size, microbatches)
@@ -147,29 +147,29 @@ def pp_rank_elements(config: EngineConfig, world_size: int, pp_rank: int) -> Mod
     return ModelStates(stored, trained, updated)
 
 
-def pp_rank_parameters(config: EngineConfig, world_size: int, pp_rank: int) -> Counter[Cut]:
+def pp_rank_parameters(config: EngineConfig, world_size: int, pp_rank: int) -> Counter[ParameterKind]:
     """How many parameters of each kind stand on a pipeline rank."""
-    layout = layout_of(config, world_size)
-    total: Counter[Cut] = Counter()
+    layout = stage_layout(config, world_size)
+    total: Counter[ParameterKind] = Counter()
     for index in layout.on_rank(pp_rank):
         total += stage_parameters(config, layout.stages[index])
     return total
 
 
-def alike(config: EngineConfig, stage: StageSpec) -> StageSpec:
+def canonical_stage(config: EngineConfig, stage: StageSpec) -> StageSpec:
     """A stage with the same parameters, equal for all such stages: what is counted for one is true of all."""
     if config.trainable.tells_layers_apart:
         return stage
     return StageSpec(0, stage.last - stage.first, stage.has_embedding, stage.has_head)
 
 
-def stage_parameters(config: EngineConfig, stage: StageSpec) -> Counter[Cut]:
+def stage_parameters(config: EngineConfig, stage: StageSpec) -> Counter[ParameterKind]:
     """How many parameters of each kind stand on a stage. Not to be changed: it is shared."""
     tp = config.parallel.tensor_model_parallel_size
     return _stage_parameters(config.model, config.adapters, config.trainable, tp, stage)
 
 
-def local_elements(config: EngineConfig, cuts: Counter[Cut]) -> tuple[int, int]:
+def local_elements(config: EngineConfig, cuts: Counter[ParameterKind]) -> tuple[int, int]:
     """Elements of these parameters on the first rank of tensor parallelism: all, and those that get a gradient."""
     tp = config.parallel.tensor_model_parallel_size
     sizes = [(cut, count * _product(cut.of_tp_rank(tp, 0)[0])) for cut, count in cuts.items()]
@@ -179,11 +179,11 @@ def local_elements(config: EngineConfig, cuts: Counter[Cut]) -> tuple[int, int]:
 @functools.lru_cache(maxsize=4096)
 def _stage_parameters(
     model: ModelConfig, adapters: LoraConfig | None, trainable: TrainableConfig, tp: int, stage: StageSpec
-) -> Counter[Cut]:
-    found: Counter[Cut] = Counter()
+) -> Counter[ParameterKind]:
+    found: Counter[ParameterKind] = Counter()
     for name, shape, tp_dim in _parameters(model, adapters, tp, stage):
         global_name = EMBEDDING if model.tied and name == HEAD else name
-        found[Cut(shape, tp_dim, trainable.first_row(name) if trainable.trains(global_name) else None)] += 1
+        found[ParameterKind(shape, tp_dim, trainable.first_row(name) if trainable.trains(global_name) else None)] += 1
     return found
 
 

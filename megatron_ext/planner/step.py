@@ -13,7 +13,7 @@ from megatron_ext.planner.cluster import Cluster
 from megatron_ext.planner.data_parallel import GradientTraffic, gradient_traffic
 from megatron_ext.planner.layer import Microbatch, PassTimes, Seconds, plus, stage_times
 from megatron_ext.planner.program import Program
-from megatron_ext.planner.states import alike, layout_of, local_elements, shards, stage_parameters
+from megatron_ext.planner.states import canonical_stage, local_elements, shards, stage_layout, stage_parameters
 from megatron_ext.planner.timeline import StageTimes, Timeline, simulate
 
 
@@ -98,7 +98,7 @@ def step_time(config: EngineConfig, cluster: Cluster, program: Program) -> StepT
         raise RequestError("the planner knows how fast devices are in half precision only: plan with --bf16 or --fp16")
     if config.zero.offload_optimizer is not None or config.zero.offload_param is not None:
         raise RequestError("--offload-optimizer, --offload-param: how fast hosts and disks are is not in the planner")
-    layout = layout_of(config, cluster.gpus)
+    layout = stage_layout(config, cluster.gpus)
     dp = config.parallel.data_parallel_size(cluster.gpus)
     microbatches = config.batch.microbatches(dp)
     stages = _stages(config, layout, cluster, program)
@@ -118,7 +118,7 @@ def step_time(config: EngineConfig, cluster: Cluster, program: Program) -> StepT
 
 def least_time(config: EngineConfig, cluster: Cluster, program: Program) -> float:
     """Seconds that a step takes at least: every rank's own work, and what it waits for at both ends of the step."""
-    layout = layout_of(config, cluster.gpus)
+    layout = stage_layout(config, cluster.gpus)
     microbatches = config.batch.microbatches(config.parallel.data_parallel_size(cluster.gpus))
     stages = _stages(config, layout, cluster, program)
     least, waits = 0.0, 0.0
@@ -136,7 +136,7 @@ def least_time(config: EngineConfig, cluster: Cluster, program: Program) -> floa
 
 def _stages(config: EngineConfig, layout: StageLayout, cluster: Cluster, program: Program) -> list[_Stage]:
     hand_over = cluster.gpu.measured.hand_over_us * 1e-6 if max(layout.rank_of) > 0 else 0.0
-    kinds = [alike(config, stage) for stage in layout.stages]
+    kinds = [canonical_stage(config, stage) for stage in layout.stages]
     built = {}
     for kind in set(kinds):
         elements = local_elements(config, stage_parameters(config, kind))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.engine import Engine, EngineConfig
-from megatron_ext.footprint import PAPER, Footprint, ModelStates, held, one_copy
+from megatron_ext.footprint import PAPER, Footprint, ModelStates, nbytes, one_copy
 from megatron_ext.mesh import build_grid
 from megatron_ext.models.count import matmul_parameters_per_layer, parameters, parameters_per_layer
 from tests.distributed import Pool
@@ -134,8 +134,8 @@ def test_deepspeeds_estimators(
 
 def test_views_of_one_storage_count_once() -> None:
     storage = torch.zeros(10, dtype=torch.float64)
-    assert held([storage[:3], storage[2:].view(2, 4), torch.zeros(3, dtype=torch.bfloat16)]) == 80 + 6
-    assert held([]) == 0
+    assert nbytes([storage[:3], storage[2:].view(2, 4), torch.zeros(3, dtype=torch.bfloat16)]) == 80 + 6
+    assert nbytes([]) == 0
 
 
 def states_of(configs: list[EngineConfig]) -> list[ModelStates]:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from megatron_ext.footprint import ModelStates, held
+from megatron_ext.footprint import ModelStates, nbytes
 from megatron_ext.models import ModelConfig, initialize_parameter
 from megatron_ext.optim import States
 from megatron_ext.optim.algorithm import STEP
@@ -45,7 +45,7 @@ class DeepSpeedOptimizer:
         """As `zero.Optimizer.update`; the norm, over pp, dp and tp, and the clipping by it are DeepSpeed's."""
         dist.all_reduce(sums)
         if measure:
-            self._gradient_bytes = held(gradients(self._engine))
+            self._gradient_bytes = nbytes(gradients(self._engine))
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
@@ -70,7 +70,7 @@ class DeepSpeedOptimizer:
         Weights are those in the computing dtype; the float32 masters count as the optimizer's, as in the ZeRO paper.
         """
         states = [tensor for state in self._adam.state.values() for tensor in state.values()]
-        return ModelStates(held(weights(self._engine)), self._gradient_bytes, held([*self._adam.state, *states]))
+        return ModelStates(nbytes(weights(self._engine)), self._gradient_bytes, nbytes([*self._adam.state, *states]))
 
     @property
     def _adam(self) -> torch.optim.Optimizer:

@@ -16,8 +16,8 @@ import torch
 from megatron_ext.errors import RequestError
 from megatron_ext.option import flag_of
 from megatron_ext.zero.config import DeepSpeedSettings, ZeroConfig
-from megatron_ext.zero.deepspeed import known
-from megatron_ext.zero.deepspeed.known import KNOWN, Setting
+from megatron_ext.zero.deepspeed import schema
+from megatron_ext.zero.deepspeed.schema import SETTINGS, Setting
 
 Settings = DeepSpeedSettings
 
@@ -83,13 +83,13 @@ def _given(zero: ZeroConfig, field: str) -> str:
 def _conditions(zero: ZeroConfig, bf16: bool) -> dict[str, bool]:
     """Which of what a setting may need there is."""
     return {
-        known.BF16: bf16,
-        known.OFFLOAD_OPTIMIZER: zero.offload_optimizer is not None,
-        known.OPTIMIZER_ON_NVME: zero.offload_optimizer == "nvme",
-        known.OFFLOAD_PARAM: zero.offload_param is not None,
-        known.PARAM_ON_NVME: zero.offload_param == "nvme",
-        known.NVME: "nvme" in (zero.offload_optimizer, zero.offload_param),
-        known.GPU: torch.cuda.is_available(),
+        schema.BF16: bf16,
+        schema.OFFLOAD_OPTIMIZER: zero.offload_optimizer is not None,
+        schema.OPTIMIZER_ON_NVME: zero.offload_optimizer == "nvme",
+        schema.OFFLOAD_PARAM: zero.offload_param is not None,
+        schema.PARAM_ON_NVME: zero.offload_param == "nvme",
+        schema.NVME: "nvme" in (zero.offload_optimizer, zero.offload_param),
+        schema.GPU: torch.cuda.is_available(),
     }
 
 
@@ -104,16 +104,16 @@ def _passed_on(said: Settings, by_flags: dict[str, tuple[Any, str]], zero: ZeroC
     there = _conditions(zero, bf16)
     stage = str(zero.zero_stage)
     if stage == "1" and bf16 and zero.offload_optimizer is None:
-        stage = known.BF16_STAGE_1
+        stage = schema.BF16_STAGE_1
     passed_on: Settings = {}
     wrong: list[str | None] = []
     for key, value in said.items():
         if key in by_flags:
             wrong.append(_contradiction(key, value, *by_flags[key]))
             continue
-        setting = KNOWN.get(key)
+        setting = SETTINGS.get(key)
         if setting is None:
-            wrong.append(_unknown(key, [*KNOWN, *known.SECTIONS, *by_flags]))
+            wrong.append(_unknown(key, [*SETTINGS, *schema.SECTIONS, *by_flags]))
             continue
         reason = _no_effect(setting, stage, there)
         if reason is None:
@@ -218,7 +218,7 @@ def _finite(text: str) -> float:
 def _flat(tree: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         key = prefix + (f'"{name}"' if "." in name else name)
-        if key in known.SECTIONS and value not in _UNSAID:
+        if key in schema.SECTIONS and value not in _UNSAID:
             if not isinstance(value, dict):
                 raise ValueError(f"{key} must be an object, not {_shown(value)}")
             yield from _flat(value, f"{key}.")

@@ -199,4 +199,4 @@ _PARTS: dict[str, dict[str, Setting]] = {
     "aio.": _AIO,
     "optimizer.": _OPTIMIZER,
 }
-KNOWN = {prefix + name: setting for prefix, part in _PARTS.items() for name, setting in part.items()}
+SETTINGS = {prefix + name: setting for prefix, part in _PARTS.items() for name, setting in part.items()}
