@@ -5,5 +5,6 @@ python -m tokenizer merge    a base model, and the pieces of another that it lac
 python -m tokenizer audit    what is wrong with a tokenizer
 python -m tokenizer compare  how long texts become with several tokenizers
 
-For other programs `load.py` finds, reads and opens a tokenizer of any format.
+text/     files of text, their documents and lines, and where Chinese is in them
+formats/  a tokenizer of any format: found, read, opened, written, and told from another; for other programs too
 """
