@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_ext.kernels.linear import _wanted
 from megatron_ext.mesh import ParallelConfig, build_grid
 from megatron_ext.models import ModelConfig, StageSpec
 from megatron_ext.pipeline import SCHEDULES, Pipeline, PipelineConfig, StageLayout, plan_stages
 from megatron_ext.planner.timeline import Span, StageTimes, Timeline, simulate
-from megatron_ext.tensor_parallel.linear import _wanted
 from megatron_ext.zero import DataParallel, ZeroConfig
 from tests.distributed import Pool
 from tests.megatron_ext.recording import recorded_actions
