@@ -1,7 +1,7 @@
 """The tensors of an engine under their checkpoint keys; loading writes into them in place.
 
 model.NAME                      the weight
-optimizer.STATE.NAME            what the algorithm declares to keep of the weight (AdamW: both moments), placed as it
+optimizer.STATE.NAME            what the algorithm declares to keep of the weight, placed as the weight is
 optimizer.steps                 optimizer steps taken
 loss_scaler                     scale, good steps, tolerance
 random.RANK                     generator states of one rank; meaningful at the layout that wrote them

@@ -158,11 +158,11 @@ def _largest(alike: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 def _enough(layout: StageLayout, microbatches: int) -> int:
     """As many as it takes to see the most that is kept: schedules go in rounds, and after some all are alike."""
-    pp, schedule = max(layout.rank_of) + 1, layout.order
+    pp, ahead = max(layout.rank_of) + 1, layout.order.ahead
     rounds = max(1, microbatches // pp)
-    if layout.schedule == "gpipe" or rounds <= _ROUNDS:
+    if rounds <= _ROUNDS or (ahead is not None and ahead(pp, 0, microbatches) == microbatches):
         return microbatches
-    if schedule.stages_per_rank is None:
+    if layout.order.stages_per_rank is None:
         return _ROUNDS * (microbatches // rounds)
     return _ROUNDS * pp + microbatches % pp
 
