@@ -98,6 +98,8 @@ class Trainer:
 
     def _hear(self, decisions: Iterable[Decision]) -> None:
         for decision in decisions:
+            if not isinstance(decision, Stop | None):
+                raise TypeError(f"a callback decides by Stop(...) or None, not by {decision!r}")
             self.wish = self.wish or decision
 
     def _why(self) -> str:

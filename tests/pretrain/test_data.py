@@ -26,14 +26,14 @@ EOD = 2
 VOCAB = 1000
 
 
-def write_corpus(prefix: Path, documents: int = 300, seed: int = 0, first: int = 3) -> str:
-    """A corpus of `documents` random documents, each ending with EOD."""
+def write_corpus(prefix: Path, documents: int = 300, seed: int = 0, first: int = 3, end: int = VOCAB) -> str:
+    """A corpus of `documents` random documents of ids from `first` to before `end`, each ending with EOD."""
     import array
 
     random = np.random.RandomState(seed)
     with DatasetWriter(str(prefix), np.dtype(np.uint16), False) as writer:
         for _ in range(documents):
-            tokens = np.append(random.randint(first, VOCAB, random.randint(1, 60)), EOD).astype(np.uint16)
+            tokens = np.append(random.randint(first, end, random.randint(1, 60)), EOD).astype(np.uint16)
             writer.add(tokens.tobytes(), array.array("i", [len(tokens)]))
         writer.finish({})
     Path(f"{prefix}.json").unlink()

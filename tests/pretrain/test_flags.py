@@ -154,6 +154,15 @@ def test_to_yaml_and_back(yaml) -> None:
     assert set(read_yaml(file)) == set(all_flags())
 
 
+def test_a_file_of_the_first_release() -> None:
+    """first_release.run.yaml: what it wrote for this command."""
+    words = "--model llama3.1-8b --vocab-size 1000 --data-path 0.3 a 0.7 b --pipeline-layers 2,1,1 --bf16 --lr 1e-5"
+    words += " --tensor-model-parallel-size 2 --save x --train-iters 5 --seed 7 --zero-stage 2"
+    asked = parse(words.split())
+    assert parse(["--config", str(Path(__file__).with_name("first_release.run.yaml"))]) == asked
+    assert asked.engine.seed == asked.training.seed == 7
+
+
 def test_shape_by_flags() -> None:
     model = parse(command()).engine.model
     assert {name: getattr(model, name) for name in MODEL} == MODEL

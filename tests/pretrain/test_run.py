@@ -17,7 +17,7 @@ from pretrain.flags import parse
 from pretrain.stop import StopRequest
 from tests.distributed import Pool
 from tests.pretrain.support import assert_equal, command, curve, metrics, rank_main, stored, train, tree
-from tests.pretrain.test_data import write_corpus
+from tests.pretrain.test_data import EOD, write_corpus
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 DOCUMENTED = {"iteration", "lm_loss", "grad_norm", "learning_rate", "consumed_samples", "tokens_per_second"}
@@ -108,6 +108,16 @@ def test_validation_loss_is_the_same_at_another_layout(pool: Pool, corpus: str, 
     flags = everything(tmp_path, corpus) | logs
     pool.run(train, 8, command(**flags, **{TP: 2, PP: 2}, zero_stage=3, sequence_parallel=True))
     assert losses(tmp_path) == pytest.approx(expected, rel=1e-9)
+
+
+def test_an_evaluation_without_a_token_that_counts(pool: Pool, tmp_path: Path) -> None:
+    ends = write_corpus(tmp_path / "c", first=EOD, end=EOD + 1)
+    flags = {"data_path": ends, "split": "80,20", "eod_mask_loss": True, "eod_token_id": EOD, "lr_warmup_iters": 0}
+    flags |= {"train_iters": 1, "eval_interval": 1, "eval_iters": 1, "metrics": tmp_path / "m.jsonl"}
+    printed, _ = pool.run(train, 2, command(**flags))
+    assert " validation loss at iteration 1 | no token counted\n" in printed
+    (record,) = metrics(tmp_path / "m.jsonl")
+    assert (record["lm_loss"], record["grad_norm"], record["valid_loss"]) == (0, 0, None)
 
 
 def test_evaluation_leaves_no_trace_in_training(pool: Pool, corpus: str, done: Path, tmp_path: Path) -> None:
