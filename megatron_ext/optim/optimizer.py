@@ -108,15 +108,16 @@ class ShardedOptimizer:
             factor = factor * (self.config.clip_grad / (norm / loss_scale + 1e-6)).clamp(max=1.0)
         factor = factor.to(self._dtype)
         found_inf = (~(norm.isfinite() & factor.isfinite())).to(torch.float32)
-        skipped = found_inf.to(self._home)
+        skipped, factor = found_inf.to(self._home), factor.to(self._home)
         for weight_decay, names in self._groups:
             names = [name for name in names if self.params[name].grad is not None]
+            if not names:
+                continue
             grads = [self._trained(name, gradient_of(self.params[name])) for name in names]
-            if grads and (self.config.clip_grad > 0 or isinstance(loss_scale, torch.Tensor)):
-                foreach_mul_(grads, factor.to(self._home))
-            if grads:
-                locals_, states = [self._locals[name] for name in names], [self.local_states[name] for name in names]
-                self._algorithm.step(locals_, grads, states, lr, weight_decay, skipped)
+            if self.config.clip_grad > 0 or isinstance(loss_scale, torch.Tensor):
+                foreach_mul_(grads, factor)
+            locals_, states = [self._locals[name] for name in names], [self.local_states[name] for name in names]
+            self._algorithm.step(locals_, grads, states, lr, weight_decay, skipped)
         self.step_count += 1 - skipped
         self.zero_grad()
         return found_inf

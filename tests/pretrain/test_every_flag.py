@@ -10,6 +10,7 @@ from pretrain.flags import all_flags, parse
 from pretrain.validate import validate
 from tests.pretrain.support import command
 from tests.pretrain.test_data import write_corpus
+from tokenizer.errors import TokenizerError
 
 LLAMA3 = {"rope_scaling": "llama3", "rope_scaling_factor": 8}
 # what a flag needs beside it to have an effect at all
@@ -49,7 +50,7 @@ def refusal(name: str, value: str) -> str | None:
     words = [f"{flag}={value}"] if name != "data_path" else [flag, value]
     try:
         validate(parse([*command(**{"data_path": "c"} | BESIDE.get(name, {})), *words]))
-    except RequestError as error:
+    except (RequestError, TokenizerError) as error:
         return str(error)
     return None
 
