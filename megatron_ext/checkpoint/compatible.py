@@ -26,6 +26,8 @@ def model_of(manifest: Manifest, where: str = MANIFEST) -> tuple[ModelConfig, Lo
     """
     try:
         model = ModelConfig(**manifest.model)
+        if (model.rope_scaling, model.rope_scaling_factor) == ("linear", 1):  # older versions wrote so what is none
+            model = dataclasses.replace(model, rope_scaling="none")
         model.validate()
         lora = None if manifest.lora is None else LoraConfig(**manifest.lora)
         if lora is not None:

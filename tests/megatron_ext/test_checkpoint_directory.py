@@ -183,6 +183,11 @@ def test_a_model_that_is_not_known(model: dict[str, Any], lora: dict[str, Any] |
     assert reason in str(error.value)
 
 
+def test_scaling_by_one_of_an_older_checkpoint_is_none() -> None:
+    described = dataclasses.replace(manifest(5), model=MODEL | {"rope_scaling": "linear", "rope_scaling_factor": 1.0})
+    assert model_of(described) == model_of(dataclasses.replace(manifest(5), model=MODEL))
+
+
 def test_a_model_that_lacks_a_size() -> None:
     with pytest.raises(RequestError, match=r"does not know .*missing 4 required"):
         model_of(manifest(5))
