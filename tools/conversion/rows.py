@@ -114,9 +114,8 @@ class RowView:
 class Transposed:
     """`Weights` of which some matrices are given with rows and columns exchanged."""
 
-    def __init__(self, weights: Weights, bindings: Iterable[Binding]):
-        self._weights = weights
-        self._names = {binding.theirs for binding in bindings if binding.transposed}
+    def __init__(self, weights: Weights, names: Iterable[str]):
+        self._weights, self._names = weights, frozenset(names)
         self.shapes = {name: self._turned(name, shape) for name, shape in weights.shapes.items()}
         self.dtypes = weights.dtypes
 
@@ -129,6 +128,10 @@ class Transposed:
         return self._weights.read_rows(name, 0, self._weights.shapes[name][0])[:, start:stop].T.contiguous()
 
 
+def _transposed(bindings: Iterable[Binding]) -> Iterable[str]:
+    return (binding.theirs for binding in bindings if binding.transposed)
+
+
 def to_theirs(weights: Weights, bindings: Sequence[Binding]) -> Weights:
     """Give our weights under their names and in their order of rows."""
     segments: dict[str, list[_Segment]] = {}
@@ -137,7 +140,7 @@ def to_theirs(weights: Weights, bindings: Sequence[Binding]) -> Weights:
         segments[binding.theirs] = [
             (name, group * size, (group + 1) * size) for group in range(binding.groups) for name, size in sizes
         ]
-    return Transposed(RowView(weights, segments), bindings)
+    return Transposed(RowView(weights, segments), _transposed(bindings))
 
 
 def to_ours(weights: Weights, bindings: Sequence[Binding], model: ModelConfig) -> Weights:
@@ -151,7 +154,7 @@ def to_ours(weights: Weights, bindings: Sequence[Binding], model: ModelConfig) -
                 (binding.theirs, group * sum(sizes) + offset, group * sum(sizes) + offset + size)
                 for group in range(binding.groups)
             ]
-    return RowView(Transposed(weights, bindings), segments)
+    return RowView(Transposed(weights, _transposed(bindings)), segments)
 
 
 def theirs_shapes(bindings: Iterable[Binding], model: ModelConfig) -> dict[str, torch.Size]:

@@ -24,7 +24,7 @@ from megatron_ext.tensor_parallel import LoraConfig
 from tools.conversion.families import Family, family_of
 from tools.conversion.formats.hf_folder import config_files
 from tools.conversion.formats.safetensors_file import write_safetensors
-from tools.conversion.rows import bind
+from tools.conversion.rows import RowView, Transposed, bind
 from tools.conversion.source import CONFIG, Source, check_shapes, read_table
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -65,7 +65,7 @@ def open_adapters(folder: Path, base_model: str | None) -> Adapters:
     model_type = None if base_model is None else _check_base(base_model, model)
     source = Source(model, stored, tokenizer=None, origin="native", hugging_face=manifest.hugging_face)
     family, _ = config_files(source, model_type)
-    return Adapters(model, lora, PeftWeights(stored, _peft_names(family, model, lora)), base_model)
+    return Adapters(model, lora, _by_peft(stored, _peft_names(family, model, lora)), base_model)
 
 
 def _check_base(base_model: str, model: ModelConfig) -> str | None:
@@ -125,25 +125,13 @@ def write_peft(adapters: Adapters, folder: Path) -> None:
     )
 
 
-class PeftWeights:
-    """`Weights` of adapters and whole matrices by peft's names; lora_A is [rank, in], lora_B [out, rank].
+def _by_peft(weights: Weights, names: dict[str, str]) -> Weights:
+    """Give adapters and whole matrices by peft's names; lora_A is [rank, in], lora_B [out, rank].
 
     names: ours, by peft's.
     """
-
-    def __init__(self, weights: Weights, names: dict[str, str]):
-        self._weights, self._names = weights, names
-        self.dtypes = {theirs: weights.dtypes[ours] for theirs, ours in names.items()}
-        self.shapes = {
-            theirs: torch.Size(reversed(weights.shapes[ours])) if theirs.endswith(_B) else weights.shapes[ours]
-            for theirs, ours in names.items()
-        }
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        ours = self._names[name]
-        if not name.endswith(_B):
-            return self._weights.read_rows(ours, start, stop)
-        return self._weights.read_rows(ours, 0, self.shapes[name][1])[:, start:stop].T
+    renamed = RowView(weights, {theirs: [(ours, 0, weights.shapes[ours][0])] for theirs, ours in names.items()})
+    return Transposed(renamed, (name for name in names if name.endswith(_B)))
 
 
 def _peft_names(family: Family, model: ModelConfig, lora: LoraConfig) -> dict[str, str]:
