@@ -59,7 +59,7 @@ class AttentionBackend(Protocol):
     def prepared_bytes(self, pattern: Pattern, length: int, element: int) -> float:
         """Of what `prepare` makes. element: bytes of one as computed."""
 
-    def kept(self, sizes: AttentionSizes, element: int, wide: int) -> dict[str, float]:
+    def kept(self, pattern: Pattern, sizes: AttentionSizes, element: int, wide: int) -> dict[str, float]:
         """Bytes by name from forward to backward. wide: bytes of an element where sums are kept."""
 
     def work(self, pattern: Pattern, sizes: AttentionSizes) -> AttentionWork:

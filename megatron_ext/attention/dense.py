@@ -62,7 +62,7 @@ class DenseBackend:
     def prepared_bytes(self, pattern: Pattern, length: int, element: int) -> float:
         return bias_bytes(pattern, length, element)
 
-    def kept(self, sizes: AttentionSizes, element: int, wide: int) -> dict[str, float]:
+    def kept(self, pattern: Pattern, sizes: AttentionSizes, element: int, wide: int) -> dict[str, float]:
         scores = sizes.rows * sizes.length
         return {
             "queries": sizes.queries * element,

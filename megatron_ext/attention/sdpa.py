@@ -98,7 +98,7 @@ class SdpaBackend:
     def prepared_bytes(self, pattern: Pattern, length: int, element: int) -> float:
         return bias_bytes(pattern, length, element) if pattern.masks else 0.0
 
-    def kept(self, sizes: AttentionSizes, element: int, wide: int) -> dict[str, float]:
+    def kept(self, pattern: Pattern, sizes: AttentionSizes, element: int, wide: int) -> dict[str, float]:
         """Fused kernels keep no scores (Dao et al., arXiv 2205.14135)."""
         queries, keys = sizes.queries, sizes.queries if self.repeats_heads else sizes.keys
         output = {"output": queries * element}

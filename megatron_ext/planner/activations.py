@@ -12,7 +12,7 @@ import dataclasses
 
 import torch
 
-from megatron_ext.attention import AttentionBackend, AttentionSizes
+from megatron_ext.attention import AttentionBackend, AttentionSizes, Pattern
 from megatron_ext.engine import EngineConfig
 from megatron_ext.kernels import Backend, load_kernels
 from megatron_ext.kernels.backend import LossBytes
@@ -178,7 +178,8 @@ def _attention(config: EngineConfig, device_type: str) -> dict[str, float]:
             terms |= {f"norm of {name}: {part}": n for part, n in norm.items()}
         if device_type == "cuda" or model.normalization == "LayerNorm" or _widens(config, device_type):
             terms["output in the order of heads"] = q * e  # o_proj then reads a copy
-    return terms | attention_backend(config, device_type).kept(_attention_sizes(config), e, sizes.wide)
+    backend, pattern = attention_backend(config, device_type), _pattern(config)
+    return terms | backend.kept(pattern, _attention_sizes(config), e, sizes.wide)
 
 
 def _feed_forward(config: EngineConfig) -> dict[str, float]:
@@ -203,8 +204,12 @@ def attention_input_bytes(config: EngineConfig, device_type: str = "cuda") -> fl
     """What all layers of a rank read in every microbatch: positions, the rotation's cosines and sines, the mask."""
     model, s, e = config.model, config.batch.seq_length, config.precision.compute.itemsize
     rotation = 2 * s * model.rotary_dim * e if model.position_embedding_type == "rope" else 0
-    pattern = attention_pattern(model, s, tp=config.parallel.tensor_model_parallel_size)
-    return s * _INDEX + rotation + attention_backend(config, device_type).prepared_bytes(pattern, s, e)
+    return s * _INDEX + rotation + attention_backend(config, device_type).prepared_bytes(_pattern(config), s, e)
+
+
+def _pattern(config: EngineConfig) -> Pattern:
+    tp = config.parallel.tensor_model_parallel_size
+    return attention_pattern(config.model, config.batch.seq_length, tp=tp)
 
 
 def attention_backend(config: EngineConfig, device_type: str) -> AttentionBackend:

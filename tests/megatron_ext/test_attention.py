@@ -165,5 +165,5 @@ def test_what_dense_attention_keeps(dtype: torch.dtype) -> None:
     alive: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = attend(q, k, v)
-    account = BACKENDS["dense"].kept(AttentionSizes(B, HEADS, KV_HEADS, S, D), dtype.itemsize, 4)
+    account = BACKENDS["dense"].kept(Pattern(), AttentionSizes(B, HEADS, KV_HEADS, S, D), dtype.itemsize, 4)
     assert sum(kept.values()) + out.nbytes == sum(account.values())
