@@ -62,7 +62,7 @@ class ResultQueue:
         start, self._since = self._since, self._clock.mark()
         self._waiting.append((iteration, learning_rate, values, start, self._since))
 
-    def take(self, keep: int) -> list[StepResult]:
+    def pop(self, keep: int) -> list[StepResult]:
         """Results of all steps but the newest `keep`, in order; waits for them if need be."""
         ready, self._waiting = self._waiting[: len(self._waiting) - keep], self._waiting[len(self._waiting) - keep :]
         results = []

@@ -11,7 +11,7 @@ from megatron_ext.mesh import ProcessGrid
 from pretrain.checkpoints import Start
 from pretrain.config import RunConfig
 from pretrain.data import build_data
-from pretrain.data.place import place_of
+from pretrain.data.resume import resume_position
 from pretrain.flags import to_yaml
 from pretrain.logs import open_logs
 from pretrain.resize import plan_expansion
@@ -57,7 +57,7 @@ class Run:
             global_batch_size=self.batch_size,
         )
         self.position, self.place = (
-            (0, "") if continued is None else place_of(continued, self.data, f"{start.flag} {start.checkpoint}")
+            (0, "") if continued is None else resume_position(continued, self.data, f"{start.flag} {start.checkpoint}")
         )
         self.resolved = to_yaml(dataclasses.replace(config, checkpoint=config.checkpoint.as_begun()))
         self.results = ResultQueue(grid.device)

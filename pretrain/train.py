@@ -75,7 +75,7 @@ class Trainer:
 
         True once any rank wishes to stop: the same on every rank.
         """
-        results = self.run.results.take(keep)
+        results = self.run.results.pop(keep)
         for result in results:
             record = self._record(result)
             self._hear(callback.after_step(record) for callback in self.callbacks)

@@ -41,7 +41,7 @@ def joined_world(timeout_minutes: int) -> Iterator[torch.device]:
         yield device
     except BaseException as error:
         if lookout is not None:
-            lookout.leave(error)
+            lookout.fail(error)
         dist.destroy_process_group()
         raise
     if lookout is not None:
@@ -82,7 +82,7 @@ class _Lookout:
                 _say(f"rank {self._rank}: ends, because the process that kept the store of the run is gone\n")
                 self._end(1)
 
-    def leave(self, error: BaseException) -> NoReturn:
+    def fail(self, error: BaseException) -> NoReturn:
         """End this rank for an error of its own, which is the run's unless another rank was first."""
         self._over.set()
         self._ending.acquire()

@@ -94,7 +94,7 @@ class Pipeline:
             self._one_stage(batch)
         else:
             self._run(self._schedule, batch)
-        return self._take_loss() * share
+        return self._sum_losses() * share
 
     def _share_of_a_token(self, batch: Batch) -> torch.Tensor | float:
         """One over the tokens of the global batch, over the sum of their weights where there is a mask.
@@ -125,7 +125,7 @@ class Pipeline:
         for data_parallel in self.stages.values():
             data_parallel.module.train()
             data_parallel.reshard()
-        loss, tokens = self._take_loss(), torch.zeros((), dtype=torch.float64, device=self.grid.device)
+        loss, tokens = self._sum_losses(), torch.zeros((), dtype=torch.float64, device=self.grid.device)
         if self.holds_last:
             mask = batch.get("loss_mask")
             tokens += batch["labels"].numel() if mask is None else mask.sum(dtype=torch.float64)
@@ -156,7 +156,7 @@ class Pipeline:
         parts = {name: tensor.chunk(self.n_microbatches) for name, tensor in batch.items()}
         return [{name: chunks[i] for name, chunks in parts.items()} for i in range(self.n_microbatches)]
 
-    def _take_loss(self) -> torch.Tensor:
+    def _sum_losses(self) -> torch.Tensor:
         """This rank's share of the microbatches' losses, which all of its tensor-parallel group have: their sum."""
         losses, self._losses = self._losses, []
         if not losses:

@@ -78,7 +78,7 @@ def pipeline_memory(config: EngineConfig, world_size: int, device_type: str = "c
     of_stages, points_of_stages = [saved[kind] for kind in kinds], [points[kind] for kind in kinds]
     standing: dict[tuple[StageSpec, ...], tuple[ModelStates, float]] = {}
     found = []
-    for rank, passed in enumerate(rank_moments(layout.schedule, layout.rank_of, microbatches)):
+    for rank, passed in enumerate(rank_occupancies(layout.schedule, layout.rank_of, microbatches)):
         mine = tuple(kinds[index] for index in layout.on_rank(rank))
         if mine not in standing:
             states = fullest_states(config, world_size, rank)
@@ -115,7 +115,7 @@ def _offloaded(config: EngineConfig, states: ModelStates) -> float:
     return optimizer + (states.weights if weights else 0.0)
 
 
-class Moment(NamedTuple):
+class Occupancy(NamedTuple):
     """A pass on a rank: its kind and stage, and how many microbatches each stage of the rank then keeps, in the order
     of `stages`: up to their input half and between both halves. What a pass makes or frees is there while it runs."""
 
@@ -126,7 +126,7 @@ class Moment(NamedTuple):
     deferred: tuple[int, ...]
 
 
-def moments(actions: Sequence[Action]) -> list[Moment]:
+def occupancies(actions: Sequence[Action]) -> list[Occupancy]:
     """What a rank goes through while it runs these actions, but for what is no more in any respect than another."""
     stages = tuple(sorted({action.stage for action in actions}))
     kept, deferred = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0)
@@ -141,7 +141,7 @@ def moments(actions: Sequence[Action]) -> list[Moment]:
             kept[stage] -= 1
             deferred[stage] += kind == "I"
     return [
-        Moment(kind, stage, stages, counts[: len(stages)], counts[len(stages) :])
+        Occupancy(kind, stage, stages, counts[: len(stages)], counts[len(stages) :])
         for (kind, stage), alike in found.items()
         for counts in _largest(alike)
     ]
@@ -168,11 +168,11 @@ def _enough(layout: StageLayout, microbatches: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def rank_moments(schedule: str, rank_of: tuple[int, ...], microbatches: int) -> tuple[list[Moment], ...]:
+def rank_occupancies(schedule: str, rank_of: tuple[int, ...], microbatches: int) -> tuple[list[Occupancy], ...]:
     """By pipeline rank; which layers stand where does not matter."""
     layout = StageLayout(schedule, (StageSpec(0, 0, False, False),) * len(rank_of), rank_of)
     microbatches = _enough(layout, microbatches)
-    return tuple(map(moments, action_lists(layout, microbatches)))
+    return tuple(map(occupancies, action_lists(layout, microbatches)))
 
 
 class Point(NamedTuple):
@@ -183,16 +183,16 @@ class Point(NamedTuple):
     working: float
 
 
-def peak(passed: Iterable[Moment], saved: Sequence[ActivationBytes], points: Sequence[dict[str, Point]]) -> Point:
+def peak(passed: Iterable[Occupancy], saved: Sequence[ActivationBytes], points: Sequence[dict[str, Point]]) -> Point:
     """The point of a rank's step with most bytes.
 
     saved: of one microbatch, by stage of the pipeline. points: by stage and kind of pass, what there is more (or less)
     at the fullest point of the pass than all microbatches keep that the rank works on, the one that passes included.
     """
 
-    def reached(moment: Moment) -> Point:
-        activations, logits, working = points[moment.stage][moment.kind]
-        for stage, kept, deferred in zip(moment.stages, moment.kept, moment.deferred, strict=True):
+    def reached(occupancy: Occupancy) -> Point:
+        activations, logits, working = points[occupancy.stage][occupancy.kind]
+        for stage, kept, deferred in zip(occupancy.stages, occupancy.kept, occupancy.deferred, strict=True):
             of = saved[stage]
             activations += kept * of.kept + deferred * of.deferred
             logits += kept * of.logits + deferred * of.deferred_logits

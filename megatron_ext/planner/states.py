@@ -83,34 +83,34 @@ def rank_states(config: EngineConfig, world_size: int, rank: int) -> ModelStates
     """
     tp, n = config.parallel.tensor_model_parallel_size, shards(config, world_size)
     dp = config.parallel.data_parallel_size(world_size)
-    return place_states(config, world_size, Coordinate(rank // (dp * tp), rank // tp % dp % n, rank % tp))
+    return states_at(config, world_size, Coordinate(rank // (dp * tp), rank // tp % dp % n, rank % tp))
 
 
 def fullest_states(config: EngineConfig, world_size: int, pp_rank: int) -> ModelStates:
     """The most that any rank of this pipeline rank holds, of each of the three."""
-    places = [Coordinate(pp_rank, 0, 0)]  # has the largest chunk of everything
+    coordinates = [Coordinate(pp_rank, 0, 0)]  # has the largest chunk of everything
     if config.trainable.train_only == "new-rows":  # which stand on the last ranks
         tp = config.parallel.tensor_model_parallel_size
-        places = [Coordinate(pp_rank, s, t) for s in range(shards(config, world_size)) for t in range(tp)]
-    found = [place_states(config, world_size, place) for place in places]
+        coordinates = [Coordinate(pp_rank, s, t) for s in range(shards(config, world_size)) for t in range(tp)]
+    found = [states_at(config, world_size, at) for at in coordinates]
     return ModelStates(*(max(values) for values in zip(*map(dataclasses.astuple, found), strict=True)))
 
 
-def place_states(config: EngineConfig, world_size: int, place: Coordinate) -> ModelStates:
-    """`rank_states` by place."""
-    cuts = pp_rank_parameters(config, world_size, place.pp)
+def states_at(config: EngineConfig, world_size: int, at: Coordinate) -> ModelStates:
+    """`rank_states` by coordinate."""
+    cuts = pp_rank_parameters(config, world_size, at.pp)
     tp, n = config.parallel.tensor_model_parallel_size, shards(config, world_size)
     sharded = is_sharded(config, world_size)
     if config.zero.zero_engine == "deepspeed":
         stage, offload = config.zero.zero_stage, config.zero.offload_optimizer is not None
         footprint = deepspeed(config.precision.compute, stage, offload)
-        return footprint.of_rank(pp_rank_elements(config, world_size, place.pp), stage, n)
+        return footprint.of_rank(pp_rank_elements(config, world_size, at.pp), stage, n)
     weights, gradients, kept = 0, 0, _STEP_COUNT
     for cut, count in cuts.items():
-        shape, skipped = cut.of_tp_rank(tp, place.tp)
+        shape, skipped = cut.of_tp_rank(tp, at.tp)
         dim = 1 if tp > 1 and cut.tp_dim == 0 and len(shape) == 2 else 0  # as in zero.sharding
         whole, rest = shape[dim], _product(shape) // max(shape[dim], 1)
-        start, stop = tp_shard_range(whole, n, place.shard) if sharded else (0, whole)
+        start, stop = tp_shard_range(whole, n, at.shard) if sharded else (0, whole)
         stored = count * rest * (-(-whole // n) if sharded else whole)
         weights += stored
         if cut.first_row is None:
@@ -133,7 +133,7 @@ def _kept(optimizer: str, elements: int, stored: torch.dtype) -> int:
 
 
 def pp_rank_elements(config: EngineConfig, world_size: int, pp_rank: int) -> ModelStates:
-    """What ZeRO shards at a place of pipeline and tensor parallelism: elements stored, with gradients, and updated.
+    """What ZeRO shards on a rank of both pipeline and TP: elements stored, with gradients, and updated.
 
     Where tensor parallelism cuts unevenly: the mean.
     """

@@ -6,7 +6,7 @@ from megatron_ext.checkpoint import CheckpointWriter, Manifest
 from megatron_ext.checkpoint.load import mesh_sizes
 from megatron_ext.checkpoint.lock import FolderLock
 from pretrain.callbacks.callback import Callback, Decision, Stop
-from pretrain.data.place import order_of
+from pretrain.data.resume import describe_order
 from pretrain.logs import Record
 from pretrain.memory import memory_figures, memory_table
 from pretrain.run import Run
@@ -112,7 +112,7 @@ class Saving(Callback):
             precision=dataclasses.asdict(engine.precision),
             lora=None if engine.adapters is None else dataclasses.asdict(engine.adapters),
             hugging_face=None if run.loaded is None else run.loaded.hugging_face,
-            data=order_of(run.data) | {"position": run.position},
+            data=describe_order(run.data) | {"position": run.position},
             tokenizer=None if run.tokenizer is None else run.tokenizer.plain(),
         )
         self._writer.save(manifest, {"run.yaml": run.resolved})

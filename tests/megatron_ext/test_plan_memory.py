@@ -17,7 +17,7 @@ from megatron_ext.pipeline import plan_stages
 from megatron_ext.pipeline.actions import Action, action_lists
 from megatron_ext.pipeline.stage import Stage
 from megatron_ext.planner.activations import attention_input_bytes, saved_bytes
-from megatron_ext.planner.memory import cast_bytes, moments, pipeline_memory, rank_moments
+from megatron_ext.planner.memory import cast_bytes, occupancies, pipeline_memory, rank_occupancies
 from megatron_ext.planner.states import rank_states
 from tests.distributed import Pool
 from tests.megatron_ext.live import Watch
@@ -156,8 +156,8 @@ def test_a_few_rounds_show_what_is_kept(schedule: str, chunks: int) -> None:
         if chunks != len(layout.stages) // pp:
             pipeline = dataclasses.replace(config.pipeline, num_virtual_stages_per_pipeline_rank=chunks)
             layout = plan_stages(pipeline, config.model, pp, many)
-        whole = [set(moments(actions)) for actions in action_lists(layout, many)]
-        assert [set(of_rank) for of_rank in rank_moments(layout.schedule, layout.rank_of, many)] == whole
+        whole = [set(occupancies(actions)) for actions in action_lists(layout, many)]
+        assert [set(of_rank) for of_rank in rank_occupancies(layout.schedule, layout.rank_of, many)] == whole
 
 
 def kept_by_passes(config: EngineConfig, pp_rank: int) -> list[tuple[Action, float]]:

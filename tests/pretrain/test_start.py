@@ -14,7 +14,7 @@ from megatron_ext.models import ModelConfig, preset
 from pretrain.checkpoints import go_back
 from pretrain.config import RunConfig
 from pretrain.data import DataConfig
-from pretrain.data.place import order_of, place_of
+from pretrain.data.resume import describe_order, resume_position
 from pretrain.flags import parse, to_yaml
 from tests.pretrain.support import MODEL, command
 from tests.pretrain.test_data import build, write_corpus
@@ -210,10 +210,10 @@ def test_a_folder_with_checkpoints_is_never_begun_anew(here: Path, message: str)
 def test_the_place_in_the_data(tmp_path: Path) -> None:
     prefixes = (write_corpus(tmp_path / "a"), write_corpus(tmp_path / "b", 120, 1))
     here = build(DataConfig(prefixes[:1]))
-    stored = Manifest(3, 24, 384, {}, {}, True, data=order_of(here) | {"position": 24})
+    stored = Manifest(3, 24, 384, {}, {}, True, data=describe_order(here) | {"position": 24})
 
     def place(data: Any, manifest: Manifest = stored) -> tuple[int, str]:
-        position, said = place_of(manifest, data)
+        position, said = resume_position(manifest, data)
         return position, said.split(":")[0]
 
     assert place(here) == (24, "")
@@ -229,6 +229,6 @@ def test_the_place_in_the_data(tmp_path: Path) -> None:
     assert place(build(DataConfig(moved)), older) == (24, "")
     assert place(build(DataConfig(moved), seq_length=8), older) == (48, "--seq-length")
     for unknown in ({"position": "x"}, {"position": -24}, {"seq_length": None}, {"corpora": "a"}):
-        strange = dataclasses.replace(stored, data={**order_of(here), "position": 24} | unknown)
+        strange = dataclasses.replace(stored, data={**describe_order(here), "position": 24} | unknown)
         with pytest.raises(RequestError, match=f"^--load run: .* does not know \\({next(iter(unknown))} "):
-            place_of(strange, here, "--load run")
+            resume_position(strange, here, "--load run")

@@ -12,7 +12,7 @@ from megatron_ext.models import ModelConfig, initialize_parameter
 from megatron_ext.optim import States
 from megatron_ext.optim.algorithm import STEP
 from megatron_ext.torch_private import compute_local_shape_and_global_offset, placed_as
-from megatron_ext.zero.deepspeed.masters import STATES, WEIGHT, fragments, gradients, recover, weights
+from megatron_ext.zero.deepspeed.fragments import STATES, WEIGHT, fragments, gradients, recover, weights
 from megatron_ext.zero.deepspeed.stage import DeepSpeedStage
 
 

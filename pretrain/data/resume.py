@@ -11,7 +11,7 @@ from pretrain.data.loader import Data
 _FLAGS = {"seq_length": "--seq-length", "seed": "--seed", "split": "--split", "weights": "weights of --data-path"}
 
 
-def order_of(data: Data) -> dict[str, Any]:
+def describe_order(data: Data) -> dict[str, Any]:
     """What the order of the training samples depends on, as JSON gives it back. Corpora are known by their content."""
     return {
         "seq_length": data.seq_length,
@@ -22,13 +22,13 @@ def order_of(data: Data) -> dict[str, Any]:
     }
 
 
-def place_of(manifest: Manifest, data: Data, where: str = "--load") -> tuple[int, str]:
+def resume_position(manifest: Manifest, data: Data, where: str = "--load") -> tuple[int, str]:
     """How many samples of the order to pass over after a checkpoint, and what is to be said of that, if anything.
 
     Another order of the same corpora goes on after as many tokens as were seen, whichever those were; other corpora
     begin at their first sample. where: the flag and the checkpoint, with which a RequestError begins.
     """
-    stored, order = manifest.data, order_of(data)
+    stored, order = manifest.data, describe_order(data)
     if stored is None:  # an older version wrote it: only the length of its samples can be known
         samples, position = manifest.consumed_samples, manifest.consumed_samples
         length = manifest.consumed_tokens // samples if samples else data.seq_length
