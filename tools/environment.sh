@@ -5,6 +5,8 @@
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+unset PYTHONDONTWRITEBYTECODE  # many processes start from here: each would compile the project anew
+
 say() { printf '\n== %s\n' "$*"; }
 
 find_python() {
