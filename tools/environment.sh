@@ -29,8 +29,9 @@ make_environment() {
     "$base" -m venv "$repository/.venv"
     "$repository/.venv/bin/python" -m pip install --upgrade pip --quiet
     # torch before the rest: a package that needs "some torch" must find this one
-    grep '^torch==' "$repository/requirements.txt" | xargs "$repository/.venv/bin/python" -m pip install
-    "$repository/.venv/bin/python" -m pip install -r "$repository/requirements.txt"
+    # not compiled: most of it is never imported, and what is, is compiled then
+    grep '^torch==' "$repository/requirements.txt" | xargs "$repository/.venv/bin/python" -m pip install --no-compile
+    "$repository/.venv/bin/python" -m pip install --no-compile -r "$repository/requirements.txt"
     cp "$repository/requirements.txt" "$repository/.venv/requirements.installed"
 }
 

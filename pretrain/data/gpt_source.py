@@ -1,22 +1,45 @@
 """The samples of one split of one corpus, which megatron-core cuts from its documents.
 
-Importing this module imports megatron-core, which takes seconds: callers import it where they need it.
+Importing this module imports megatron-core: callers do so where they need it.
 """
 
+import contextlib
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from pretrain.data.cache import cached_arrays, digest
 from pretrain.data.corpora import Corpus
 from pretrain.data.masks import document_lengths, loss_mask
 from pretrain.data.source import Sample
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it warns of each optional GPU library, none of which reading data needs
+
+@contextlib.contextmanager
+def _for_data_alone() -> Iterator[None]:
+    """Import megatron-core without what its datasets do not use, which takes three seconds: wandb, and the compiler of
+    torch, which its layers call (and which fails where the locale is not UTF-8). It warns of every optional library.
+    """
+    compiler, hides_wandb = torch.compile, "wandb" not in sys.modules
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.compile = lambda model=None, **_: (lambda function: function) if model is None else model  # type: ignore[assignment]
+        if hides_wandb:
+            sys.modules["wandb"] = None  # type: ignore[assignment]  # as if it were not installed
+        try:
+            yield
+        finally:
+            torch.compile = compiler
+            if hides_wandb:
+                del sys.modules["wandb"]
+
+
+with _for_data_alone():
     from megatron.core.datasets import helpers
     from megatron.core.datasets.gpt_dataset import (
         GPTDataset,
