@@ -52,7 +52,7 @@ def exact_norm_of(config: EngineConfig) -> float:
     return norm_of(gradients(config))
 
 
-@pytest.mark.parametrize("engine", sweep(ENGINES, {"torch, ZeRO-3", "deepspeed, ZeRO-1"}))
+@pytest.mark.parametrize("engine", sweep(ENGINES, {"torch, ZeRO-3"}))
 def test_the_norm_that_clips_is_the_whole_models(pool: Pool, engine: str) -> None:
     """At a value between the largest norm of a pipeline stage and the whole norm, where a stage would not clip."""
     if engine.startswith("deepspeed"):

@@ -54,9 +54,10 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+# Stage 3 in a pipeline, and beside tensor parallelism, is below.
 BY_DEFAULT = {
-    *("TP2 PP2 DP2 SP ZeRO-3", "TP2 PP2 SP ZeRO-1, documents and masks", "PP2 DP2 ZeRO-3, offload"),
-    *("one process ZeRO-2, offload", "DP2 ZeRO-3, offload of parameters too"),
+    *("TP2 PP2 SP ZeRO-1, documents and masks", "one process ZeRO-2, offload"),
+    "DP2 ZeRO-3, offload of parameters too",
 }
 
 

@@ -35,7 +35,7 @@ MODEL: dict[str, Any] = {
 RUN: dict[str, Any] = {
     **MODEL,
     "seq_length": 16,
-    "micro_batch_size": 1,
+    "micro_batch_size": 2,
     "global_batch_size": 8,
     "train_iters": 20,
     "lr": 1e-3,

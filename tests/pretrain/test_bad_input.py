@@ -110,7 +110,7 @@ FLAGS: list[tuple[str, dict[str, Any], int]] = [
     ("--attention-backend flash cannot mask", {"attention_backend": "flash", "reset_attention_mask": True}, 1),
     (
         "--hidden-size 36 is not divisible by the 8 ranks that --zero-stage 3 shards over",
-        {"hidden_size": 36, "num_attention_heads": 2, TP: 2, "zero_stage": 3},
+        {"hidden_size": 36, "num_attention_heads": 2, TP: 2, "zero_stage": 3, "micro_batch_size": 1},
         16,
     ),
     (
@@ -119,7 +119,7 @@ FLAGS: list[tuple[str, dict[str, Any], int]] = [
         4,
     ),
     (
-        "--global-batch-size 6 is not a multiple of --micro-batch-size 1 x data-parallel",
+        "--global-batch-size 6 is not a multiple of --micro-batch-size 2 x data-parallel",
         {"global_batch_size": 6},
         4,
     ),
@@ -127,17 +127,17 @@ FLAGS: list[tuple[str, dict[str, Any], int]] = [
     ("--micro-batch-size and --seq-length must be at least 1", {"micro_batch_size": 0}, 1),
     (
         "--pipeline-schedule 1f1b needs at least as many microbatches as stages: 2",
-        {PP: 4, "global_batch_size": 2},
+        {PP: 4, "global_batch_size": 4},
         4,
     ),
     (
         "--pipeline-schedule interleaved needs at least PP 2 microbatches",
-        {PP: 2, "pipeline_schedule": "interleaved", "global_batch_size": 5},
+        {PP: 2, "pipeline_schedule": "interleaved", "global_batch_size": 10},
         2,
     ),
     (
         "--pipeline-schedule dualpipev needs at least 4 microbatches, not 2",
-        {PP: 2, "pipeline_schedule": "dualpipev", "global_batch_size": 2},
+        {PP: 2, "pipeline_schedule": "dualpipev", "global_batch_size": 4},
         2,
     ),
     ("--pipeline-schedule needs --pipeline-model-parallel-size of at least 2", {"pipeline_schedule": "gpipe"}, 1),

@@ -86,7 +86,7 @@ def test_a_published_model_on_384_ranks(capsys: pytest.CaptureFixture[str]) -> N
     [
         (1, 1, {}),
         (4, 1, {"zero_stage": 0, "bf16": True}),
-        (6, 1, {"zero_stage": 3, "vocab_size": 1001, "global_batch_size": 6}),
+        (6, 1, {"zero_stage": 3, "vocab_size": 1001, "global_batch_size": 12}),
         (4, 2, {TP: 2, "zero_stage": 2, "vocab_size": 1001, "sequence_parallel": True}),
         (8, 1, {TP: 2, "zero_stage": 1, "zero_shard_size": 2, **BIASED}),
         (4, 1, {TP: 4, **BIASED}),
@@ -150,9 +150,9 @@ def test_ranks_come_from_the_environment(capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert "DP 4 x TP 2" in dry(capsys, **{TP: 2})[1]
     monkeypatch.setenv("RANK", "0")
-    assert "DP 8 x TP 2" in dry(capsys, **{TP: 2}, world_size=16, global_batch_size=8)[1]
+    assert "DP 8 x TP 2" in dry(capsys, **{TP: 2}, world_size=16, global_batch_size=16)[1]
     monkeypatch.setenv("RANK", "1")  # of several processes one speaks
-    assert dry(capsys) == []
+    assert dry(capsys, global_batch_size=16) == []
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_an_engine_that_is_not_the_model_is_found(
 
 @pytest.mark.slow
 def test_real_process() -> None:
-    process = start(command(dry_run=True, world_size=64, **{PP: 4}, global_batch_size=64))
+    process = start(command(dry_run=True, world_size=64, **{PP: 4}, global_batch_size=128))
     output, errors = process.communicate()
     assert (process.returncode, errors) == (0, "")
     assert output.startswith("dry run of 64 ranks")

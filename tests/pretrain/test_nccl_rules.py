@@ -61,6 +61,7 @@ def test_schedules_run_and_resume(
     write_corpus(tmp_path / "c")
     batch = 2 * pp * dp  # as few microbatches as dualpipev takes
     flags = {"pipeline_schedule": schedule, "pipeline_model_parallel_size": pp, "global_batch_size": batch, **more}
+    flags["micro_batch_size"] = 1
     eager = flags.pop(EAGER, False)
     pool.run(run_thrice, pp * dp, tmp_path, flags, eager)
     assert curve(tmp_path / "ruled.jsonl") == curve(tmp_path / "plain.jsonl")

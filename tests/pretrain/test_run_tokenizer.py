@@ -23,7 +23,7 @@ def encode(folder: Path, tokenizer: str, prefix: str, *flags: str) -> None:
 
 
 def run(**flags: Any) -> list[str]:
-    few = {"train_iters": 1, "lr_warmup_iters": 0, "num_layers": 1, "vocab_size": OLD, "global_batch_size": 1}
+    few = {"train_iters": 1, "lr_warmup_iters": 0, "num_layers": 1, "vocab_size": OLD, "global_batch_size": 2}
     return command(**few | flags)
 
 
