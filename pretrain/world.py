@@ -74,8 +74,8 @@ class _Lookout:
         try:
             while not self._over.wait(_LOOK_SECONDS):
                 if self._store.check([_REPORT]):
-                    self._ending.acquire()
-                    self._follow()
+                    with self._ending:  # let go of if the store goes meanwhile
+                        self._follow()
         except RuntimeError:
             # who kept the store has ended: before us, for all is done, or without a word
             if not self._over.wait(_GRACE_SECONDS):

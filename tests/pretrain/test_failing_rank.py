@@ -5,12 +5,14 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pretrain import world
 from tests.distributed import Pool
 from tests.pretrain.failing_rank import fail_in
 from tests.pretrain.support import ROOT, command, rank_main
@@ -76,6 +78,43 @@ def test_the_others_end_too(pool: Pool, tmp_path: Path, place: str, failing: int
     assert re.fullmatch(ending, texts.pop(teller))
     for text in texts:
         assert re.fullmatch(rf"rank \d: ends, because rank {teller} has failed \(.*no bread.*\).*\n", text)
+
+
+class StoreThatGoes:
+    """Of a first rank that ended as soon as it had been seen to fail."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+
+    def clone(self) -> "StoreThatGoes":
+        return self
+
+    def set_timeout(self, _: Any) -> None:
+        pass
+
+    def check(self, _: list[str]) -> bool:
+        return True
+
+    def get(self, *_: Any) -> bytes:
+        self.asked.set()
+        raise RuntimeError("Connection reset by peer")
+
+    compare_set = wait = set = get
+
+
+def test_the_store_may_go_while_it_is_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    store, codes = StoreThatGoes(), list[int]()
+    monkeypatch.setattr(world, "default_store", lambda: store)
+    monkeypatch.setattr(world.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(world, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(world.os, "_exit", codes.append)
+    lookout = world._Lookout()
+    assert store.asked.wait(10)
+    main = threading.Thread(target=lookout.fail, args=(ValueError("no bread"),), daemon=True)
+    main.start()
+    main.join(10)
+    assert codes == [1]
+    assert "ValueError: no bread" in capsys.readouterr().err
 
 
 @pytest.mark.slow
