@@ -59,7 +59,8 @@ class Pool:
         # whatever ranks import, once; an import that fails is passed over: DeepSpeed may not be there
         context.set_forkserver_preload(
             [
-                *("pretrain.train", "pretrain.data.gpt_source", "tests.distributed", "deepspeed"),
+                *("pretrain.train", "pretrain.data.gpt_source", "tests.distributed"),
+                *("deepspeed", "torch._inductor.compile_fx"),  # which DeepSpeed imports when it makes an engine
                 *("pytest", "hypothesis", "sentencepiece", "tools.convert_checkpoint"),
                 *("transformers", "tests.megatron_ext.hugging_face", "tests.families", "tests.pretrain.support"),
             ]
