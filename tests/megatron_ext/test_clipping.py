@@ -120,7 +120,7 @@ def exact_norm(pool: Pool) -> float:
     return norm
 
 
-@pytest.mark.parametrize("engine", sweep(LONG_SUMS, {"torch", "deepspeed"}))
+@pytest.mark.parametrize("engine", sweep(LONG_SUMS, {"torch"}))
 def test_the_norm_of_a_long_gradient_is_exact_in_float32(pool: Pool, exact_norm: float, engine: str) -> None:
     if engine.startswith("deepspeed"):
         pytest.importorskip("deepspeed")

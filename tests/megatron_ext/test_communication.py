@@ -115,7 +115,7 @@ def zero_volume(stage: int, psi: int, m: int) -> dict[str, int]:
     }[stage]
 
 
-@pytest.mark.parametrize("dp, stage", sweep(itertools.product((2, 4, 8), range(4)), {(2, 0), (8, 1), (4, 2), (4, 3)}))
+@pytest.mark.parametrize("dp, stage", sweep(itertools.product((2, 4, 8), range(4)), {(8, 1), (4, 2), (2, 3)}))
 def test_zero_volume(pool: Pool, dp: int, stage: int) -> None:
     config = tiny(zero_stage=stage)
     m = config.batch.microbatches(dp)
@@ -159,7 +159,7 @@ def test_hybrid_volume(pool: Pool, stage: int) -> None:
         assert volume(messages, "dp_replicate") == {REDUCE: psi // 2}
 
 
-@pytest.mark.parametrize("schedule", sweep(SCHEDULES, {"1f1b", "zero-bubble", "dualpipev"}))
+@pytest.mark.parametrize("schedule", sweep(SCHEDULES, {"1f1b", "dualpipev"}))
 def test_zero_1_communicates_once_a_step_in_every_schedule(pool: Pool, schedule: str) -> None:
     config = tiny(pipeline_model_parallel_size=2, pipeline_schedule=schedule, zero_stage=1)
     ranks = [volume(messages, "dp_shard") for messages in pool.run_fake(messages_of_a_step, 4, config)]
@@ -201,8 +201,9 @@ def test_gradients_in_bfloat16_are_half_the_bytes(pool: Pool, stage: int, shard:
         assert pool.run_fake(bytes_of_a_step, 4, config) == [expected] * 2
 
 
-@pytest.mark.parametrize("recompute", [None, "full"])
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(
+    "layers, recompute", sweep(itertools.product((1, 2), (None, "full")), {(1, None), (2, "full")})
+)
 def test_tensor_parallel_messages(pool: Pool, layers: int, recompute: str | None) -> None:
     """Two all-reduces of [b, s, h] a layer forward, two backward (arXiv 1909.08053, figure 4); the embedding adds one
     forward, the head one backward. Recomputing a layer repeats its first."""
@@ -218,7 +219,7 @@ def test_tensor_parallel_messages(pool: Pool, layers: int, recompute: str | None
         }
 
 
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("layers", sweep([1, 2], {2}))
 def test_sequence_parallel_messages(pool: Pool, layers: int) -> None:
     """A reduce-scatter and an all-gather for every all-reduce, and the input of a column-parallel layer gathered
     again in backward instead of kept (arXiv 2205.05198, 4.2.2)."""
@@ -275,7 +276,7 @@ def test_shares_of_gradients_are_summed_once_a_step(pool: Pool, stage: int) -> N
         assert sums == {("tp", REDUCE, (elements // (2 if stage else 1),)): 1}
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", sweep([1, 2], {2}))
 def test_pipeline_messages(pool: Pool, tp: int) -> None:
     """Hidden states forward and their gradients backward, once for every microbatch and boundary."""
     config = tiny(tensor_model_parallel_size=tp, sequence_parallel=tp > 1, pipeline_model_parallel_size=2)

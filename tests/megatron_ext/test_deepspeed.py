@@ -95,7 +95,7 @@ def test_stage_3_with_every_parameter_sharded(
     assert_parity(runs, reference(tiny(**case.options)), str(options), "float32")
 
 
-@pytest.mark.parametrize("zero", sweep((1, 2, 3), {3}))
+@pytest.mark.parametrize("zero", sweep((1, 2, 3), {1}))
 def test_bf16_stays_close_to_float32(pool: Pool, reference: Reference, zero: int) -> None:
     """By as much as torch's engine may (test_parity.py): masters and accumulated gradients are float32."""
     case = deepspeed(pp=2, dp=2, zero=zero)
@@ -157,7 +157,7 @@ def overflow(config: EngineConfig) -> tuple[list[float], list[str], tuple[float,
     "options",
     sweep(
         [{"zero": 1}, {"zero": 2, "bf16": True, **CPU}, {"zero": 3}, {"zero": 3, "bf16": True}],
-        [{"zero": 1}, {"zero": 3, "bf16": True}],
+        [{"zero": 3, "bf16": True}],
     ),
     ids=str,
 )
@@ -191,7 +191,7 @@ HELD = {
 }
 
 
-@pytest.mark.parametrize("name", sweep(HELD, {"ZeRO-1", "ZeRO-3", "ZeRO-1 bf16", "ZeRO-2, offload"}))
+@pytest.mark.parametrize("name", sweep(HELD, {"ZeRO-3", "ZeRO-1 bf16"}))
 def test_bytes_held(pool: Pool, tmp_path: Path, name: str) -> None:
     options, per_parameter, divided = HELD[name]
     if options["zero"] == 3:  # else small parameters stay whole

@@ -26,7 +26,7 @@ MORE = {
     "DP2 ZeRO-1, fp16": layout(dp=2, zero=1, fp16=True),
     "TP2 DP2 ZeRO-1, LoRA": layout(tp=2, dp=2, zero=1, train_only="lora"),
 }
-PARTS = 6  # processes that go through them one after the other
+PARTS = 12  # processes that go through them one after the other
 
 
 def step(case: Layout, rank: int) -> list[str]:

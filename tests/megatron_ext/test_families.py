@@ -101,7 +101,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Expected]:
     return {name: expect(name, tmp_path_factory.mktemp(name.replace(" ", "_"))) for name in MODELS}
 
 
-@pytest.fixture(scope="module", params=sweep(LAYOUTS, {"one process", "TP2 x PP2"}))
+@pytest.fixture(scope="module", params=sweep(LAYOUTS, {"TP2 x PP2"}))
 def found(request: pytest.FixtureRequest, pool: Pool, expected: dict[str, Expected]) -> dict[str, list[Step]]:
     """Of every model, what each rank of a layout has found."""
     layout = LAYOUTS[request.param]

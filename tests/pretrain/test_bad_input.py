@@ -413,6 +413,7 @@ def test_deepspeed_says_nothing_beside_the_line(here: Path) -> None:
     assert errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_under_torchrun_one_rank_speaks(here: Path) -> None:
     before = tree(here)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pretrain"]

@@ -43,7 +43,7 @@ def failing_main(rank: int, ranks: int, failing: int, place: str, words: list[st
     "place, failing, ranks",
     [
         ("forward", 5, 8),
-        ("async save", 0, 4),
+        pytest.param("async save", 0, 4, marks=pytest.mark.slow),
         ("late refusal", 0, 4),
         *[pytest.param(place, 5, 8, marks=pytest.mark.slow) for place in ("backward", "data", "save", "async save")],
     ],

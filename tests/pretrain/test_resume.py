@@ -113,7 +113,7 @@ MOVES: dict[str, tuple[tuple[int, dict[str, Any]], tuple[int, dict[str, Any]], d
 }
 
 
-@pytest.mark.parametrize("name", sweep(MOVES, {"TP2 PP2 to DP2 ZeRO-3", "PP2 DP2 ZeRO-3 to TP2, LoRA"}))
+@pytest.mark.parametrize("name", sweep(MOVES, {"TP2 PP2 to DP2 ZeRO-3"}))
 def test_another_layout_continues_the_curve(pool: Pool, corpus: str, tmp_path: Path, name: str) -> None:
     first, second, only = MOVES[name]
     flags: dict[str, Any] = {"data_path": corpus, "params_dtype": "float64"} | only

@@ -150,6 +150,7 @@ def test_finetune_takes_the_weights_and_nothing_else(pool: Pool, corpus: str, do
     assert metrics(tmp_path / "fresh.jsonl")[0]["lm_loss"] != metrics(tmp_path / "m.jsonl")[0]["lm_loss"]
 
 
+@pytest.mark.slow
 def test_bf16_on_a_cpu(pool: Pool, corpus: str, tmp_path: Path) -> None:
     flags = {"data_path": corpus, "train_iters": 6}
     pool.run(train, 1, command(**flags, metrics=tmp_path / "float32.jsonl"))

@@ -261,6 +261,7 @@ def test_an_unwritable_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert "--output /proc/self/out: " in line
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_grow_leaves_nothing(tmp_path: Path) -> None:
     """The system's own limit, in a process of its own: it ends a write in the middle, as a full disk does."""
     hf_model(tmp_path / "hf")

@@ -111,6 +111,7 @@ def test_training_embeddings_alone_takes_less(capsys: pytest.CaptureFixture[str]
         assert part["memory_bytes"][0][kind] < 0.7 * whole["memory_bytes"][0][kind]
 
 
+@pytest.mark.slow
 def test_the_least_memory(capsys: pytest.CaptureFixture[str]) -> None:
     fast, small = (planned(capsys, *_SMALL, *_ON, "--objective", o)["plans"] for o in ("throughput", "memory"))
     assert small[0]["memory_share"] < fast[0]["memory_share"]

@@ -1,11 +1,12 @@
 """The planner's step times beside published ones: one set of constants for a kind of GPU, no row of its own."""
 
+import argparse
 import statistics
 from pathlib import Path
 
 import pytest
 
-from benchmarks.published.__main__ import grouped, work
+from benchmarks.published import __main__ as report
 from benchmarks.published.runs import Run, published_runs, vtrain_runs
 from megatron_ext.errors import RequestError
 
@@ -28,7 +29,7 @@ _MEAN = {"MPT, FSDP, A100": 0.15, "BLOOM 176B": 0.17}
 
 @pytest.fixture(scope="module")
 def groups() -> dict[str, list[Run]]:
-    return grouped(published_runs())
+    return report.grouped(published_runs())
 
 
 @pytest.mark.parametrize("group", _WORST)
@@ -71,11 +72,12 @@ def test_a_table_of_another_kind_is_refused(tmp_path: Path) -> None:
         vtrain_runs(str(file))
 
 
-def test_the_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    import argparse
-
+def test_the_report(
+    groups: dict[str, list[Run]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(report, "published_runs", lambda: [run for runs in groups.values() for run in runs])
     picture = tmp_path / "published.png"
-    work(argparse.Namespace(vtrain=[], markdown=True, plot=str(picture)))
+    report.work(argparse.Namespace(vtrain=[], markdown=True, plot=str(picture)))
     shown = capsys.readouterr().out
     assert "| Megatron-LM, table 1 |   10 |" not in shown  # Markdown does not align
     assert "| Megatron-LM, table 1 | 10 |" in shown
