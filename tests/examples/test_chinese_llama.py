@@ -120,7 +120,8 @@ def test_a_failure_on_the_way_leaves_nothing(folder: Path) -> None:
     assert not (folder / "failed").exists()
 
 
-@pytest.mark.parametrize("nodes", sweep((1, 2), {1}))
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
 def test_both_stages(folder: Path, nodes: int) -> None:
     """A pass over the corpus each: with one rank, or with two tensor-parallel ones and as a pipeline of two nodes."""
     out = folder / f"on-{nodes}"
@@ -161,7 +162,7 @@ def test_new_rows_alone_and_the_whole_model_without_a_first_stage(folder: Path) 
     assert_transformers_loads(out)
 
 
-@pytest.mark.parametrize("script", sweep((EMBEDDINGS, PRETRAIN), set()))
+@pytest.mark.parametrize("script", sweep((EMBEDDINGS, PRETRAIN), {PRETRAIN}))
 def test_a_dry_run_is_one_process_and_leaves_nothing(folder: Path, script: str) -> None:
     out = folder / f"rehearsed-{script}"
     shutil.copytree(folder / "expanded", out, ignore=LATER_STAGES)

@@ -79,7 +79,7 @@ def save_on_a_full_disk(root: Path, background: bool, failure: str) -> tuple[str
     "failure, background",
     sweep(
         itertools.product(FAILURES, (False, True)),
-        {("a rank's tensors", True), ("the small files", False), ("the manifest", True)},
+        {("a rank's tensors", True), ("the small files", False)},
     ),
 )
 def test_a_failed_write_is_told_to_every_rank_and_leaves_nothing(

@@ -115,7 +115,7 @@ def zero_volume(stage: int, psi: int, m: int) -> dict[str, int]:
     }[stage]
 
 
-@pytest.mark.parametrize("dp, stage", sweep(itertools.product((2, 4, 8), range(4)), {(8, 1), (4, 2), (2, 3)}))
+@pytest.mark.parametrize("dp, stage", sweep(itertools.product((2, 4, 8), range(4)), {(4, 1), (2, 3)}))
 def test_zero_volume(pool: Pool, dp: int, stage: int) -> None:
     config = tiny(zero_stage=stage)
     m = config.batch.microbatches(dp)
@@ -141,7 +141,7 @@ def gathers_before_each_layer(config: EngineConfig) -> list[int]:
     return issued[: config.model.num_layers]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", sweep([1, 3], {3}))
 def test_the_next_group_is_gathered_while_a_layer_computes(pool: Pool, stage: int) -> None:
     """Before layer k computes: the embedding, the layers up to k, and one more: layer k + 1, or at last the head."""
     config = tiny(zero_stage=stage)
@@ -189,7 +189,7 @@ def test_gradients_accumulated_whole_are_reduced_once_in_a_pipeline(pool: Pool, 
         assert sum(rank[GATHER] for rank in ranks) == 2 * m * psi
 
 
-@pytest.mark.parametrize("stage, shard", sweep([(0, None), (1, 2), (2, 2), (3, 2)], {(0, None), (2, 2)}))
+@pytest.mark.parametrize("stage, shard", sweep([(0, None), (1, 2), (2, 2), (3, 2)], {(2, 2)}))
 def test_gradients_in_bfloat16_are_half_the_bytes(pool: Pool, stage: int, shard: int | None) -> None:
     for flag, size in ((False, 4), (True, 2)):
         config = tiny(bf16=True, zero_stage=stage, zero_shard_size=shard, grad_reduce_in_bf16=flag)
@@ -262,7 +262,7 @@ def test_the_input_is_gathered_while_its_gradient_is_computed(pool: Pool) -> Non
         assert found == ([gather, *inputs, product, product], inputs, of_weights)
 
 
-@pytest.mark.parametrize("stage", sweep(range(4), {0, 2}))
+@pytest.mark.parametrize("stage", sweep(range(4), {2}))
 def test_shares_of_gradients_are_summed_once_a_step(pool: Pool, stage: int) -> None:
     """What a tensor-parallel rank has computed from its own tokens or heads alone: of norms, of biases behind a
     row-parallel product, of keys and values with fewer heads than ranks. On shards, from stage 1 on."""
@@ -337,7 +337,7 @@ def memory(config: EngineConfig, device: torch.device = CPU) -> tuple[float, flo
     "stage, shard, accumulate",
     sweep(
         [(0, None, False), *itertools.product((1, 2, 3), (4, 2), [False]), (3, 4, True)],
-        {(0, None, False), (1, 4, False), (2, 2, False), (3, 4, False), (3, 4, True)},
+        {(0, None, False), (1, 4, False), (2, 2, False), (3, 4, True)},
     ),
 )
 def test_zero_memory(pool: Pool, stage: int, shard: int | None, accumulate: bool) -> None:

@@ -220,12 +220,15 @@ AT_ONCE = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}  # g
 
 @pytest.mark.parametrize(
     "stage, settings, times",
-    [
-        (1, {}, {REDUCE: 1, GATHER: 1}),
-        (2, {}, {REDUCE: 4, GATHER: 1}),
-        (3, SHARDED, {GATHER: 4, SCATTER: 4}),
-        (3, SHARDED | AT_ONCE, {GATHER: 2 * 4, SCATTER: 4}),
-    ],
+    sweep(
+        [
+            (1, {}, {REDUCE: 1, GATHER: 1}),
+            (2, {}, {REDUCE: 4, GATHER: 1}),
+            (3, SHARDED, {GATHER: 4, SCATTER: 4}),
+            (3, SHARDED | AT_ONCE, {GATHER: 2 * 4, SCATTER: 4}),
+        ],
+        [(2, {}, {REDUCE: 4, GATHER: 1}), (3, SHARDED, {GATHER: 4, SCATTER: 4})],
+    ),
 )
 def test_messages(pool: Pool, tmp_path: Path, stage: int, settings: dict[str, Any], times: dict[str, int]) -> None:
     """Of four microbatches. Whole buckets are all-reduced; stage 3 keeps what will soon be used again."""

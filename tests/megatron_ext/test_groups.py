@@ -44,7 +44,7 @@ def groups_of_a_run(config: EngineConfig, folder: Path) -> tuple[list[list[int]]
 @pytest.mark.parametrize(
     "options",
     [
-        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "zero_stage": 3},
+        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "zero_stage": 3},  # every axis
         pytest.param({"zero_stage": 2, "zero_shard_size": 4}, marks=pytest.mark.slow),
         pytest.param(
             {"tensor_model_parallel_size": 2, "zero_stage": 3, "zero_engine": "deepspeed"},

@@ -80,7 +80,7 @@ LAYOUTS: dict[str, Layout] = {
     "PP2 DP2 ZeRO-1, tied": layout(pp=2, dp=2, zero=1, **TIED),
     "TP2 PP2 DP2 ZeRO-3, tied": layout(2, 2, 2, zero=3, **TIED),
     "PP2 DP2 zbv ZeRO-3, tied": layout(pp=2, dp=2, schedule="zbv", zero=3, **TIED),
-    "PP2 DP2 zbv ZeRO-3, tied, accumulated": layout(pp=2, dp=2, schedule="zbv", **TIED, **ACCUMULATED),
+    "PP2 DP2 zbv ZeRO-3, tied, accumulated": layout(pp=2, dp=2, schedule="zbv", documents=True, **TIED, **ACCUMULATED),
     "PP2 1f1b, recompute full": layout(pp=2, recompute_granularity="full"),
     "PP2 zero-bubble, recompute full": layout(
         pp=2, schedule="zero-bubble", recompute_granularity="full", documents=True
@@ -99,7 +99,7 @@ FLOAT64_BY_DEFAULT = {
     *("PP2 gpipe", "PP2 interleaved", "PP2 dualpipev", "PP2 zero-bubble, recompute full"),
     *("DP4 ZeRO-0", "DP4 ZeRO-1", "DP4 in shards of 2, ZeRO-2"),
     *("TP2 PP2 DP2 SP ZeRO-3", "TP2 DP2 ZeRO-3, vocabulary 997", "TP2 DP2 SP ZeRO-3, recompute full"),
-    *("PP2 DP2 zero-bubble ZeRO-2", "PP2 DP2 zbv ZeRO-3, tied, accumulated"),
+    "PP2 DP2 zbv ZeRO-3, tied, accumulated",
 }
 # What float32 adds is rounding, which the number of ranks and the order of sums change and the schedule does not.
 FLOAT32_BY_DEFAULT = {"DP4 in shards of 2, ZeRO-2"}

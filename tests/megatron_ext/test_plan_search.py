@@ -54,6 +54,7 @@ def test_the_smallest_is_that_of_all(small: Search) -> None:
     assert small.smallest()[0].fullest == pytest.approx(least, abs=2**20)
 
 
+@pytest.mark.slow
 def test_no_step_is_faster_than_its_bound(small: Search) -> None:
     for plan in plans_of(small):
         assert least_time(plan.config, plan.cluster, plan.program) <= plan.step.seconds * (1 + 1e-9)
