@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_ext.errors import RequestError
 from megatron_ext.models import preset
+from tests.slow import sweep
 from tools.conversion.formats.hf_folder import write_hf
 from tools.conversion.formats.meta import open_meta
 from tools.conversion.formats.native import open_native, write_native
