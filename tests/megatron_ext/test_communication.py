@@ -149,7 +149,7 @@ def test_the_next_group_is_gathered_while_a_layer_computes(pool: Pool, stage: in
         assert issued == [1 + (k + 1) + 1 for k in range(config.model.num_layers)]
 
 
-@pytest.mark.parametrize("stage", sweep([1, 2, 3], {1, 3}))
+@pytest.mark.parametrize("stage", sweep([1, 2, 3], {3}))
 def test_hybrid_volume(pool: Pool, stage: int) -> None:
     """As ZeRO within a group of two; between the two groups every gradient shard is reduced once a step."""
     config = tiny(zero_stage=stage, zero_shard_size=2)
@@ -159,7 +159,7 @@ def test_hybrid_volume(pool: Pool, stage: int) -> None:
         assert volume(messages, "dp_replicate") == {REDUCE: psi // 2}
 
 
-@pytest.mark.parametrize("schedule", sweep(SCHEDULES, {"1f1b", "dualpipev"}))
+@pytest.mark.parametrize("schedule", sweep(SCHEDULES, {"dualpipev"}))
 def test_zero_1_communicates_once_a_step_in_every_schedule(pool: Pool, schedule: str) -> None:
     config = tiny(pipeline_model_parallel_size=2, pipeline_schedule=schedule, zero_stage=1)
     ranks = [volume(messages, "dp_shard") for messages in pool.run_fake(messages_of_a_step, 4, config)]
@@ -178,7 +178,7 @@ def test_gradients_accumulated_whole_are_reduced_once_a_step(pool: Pool) -> None
         assert volume(messages, "dp_replicate") == {REDUCE: psi // 2}
 
 
-@pytest.mark.parametrize("schedule", sweep(["1f1b", "interleaved", "zbv"], {"interleaved"}))
+@pytest.mark.parametrize("schedule", sweep(["1f1b", "interleaved", "zbv"], ()))
 def test_gradients_accumulated_whole_are_reduced_once_in_a_pipeline(pool: Pool, schedule: str) -> None:
     options = {"pipeline_model_parallel_size": 2, "pipeline_schedule": schedule, "zero_stage": 3}
     config = tiny(accumulate_then_reduce=True, **options)
@@ -337,7 +337,7 @@ def memory(config: EngineConfig, device: torch.device = CPU) -> tuple[float, flo
     "stage, shard, accumulate",
     sweep(
         [(0, None, False), *itertools.product((1, 2, 3), (4, 2), [False]), (3, 4, True)],
-        {(0, None, False), (1, 4, False), (2, 2, False), (3, 4, True)},
+        {(1, 4, False), (2, 2, False), (3, 4, True)},
     ),
 )
 def test_zero_memory(pool: Pool, stage: int, shard: int | None, accumulate: bool) -> None:

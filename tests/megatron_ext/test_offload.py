@@ -37,9 +37,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-BY_DEFAULT = {
-    *("one rank, ZeRO-2", "DP4 in shards of 2, ZeRO-3", "PP2 DP2 zbv ZeRO-3"),
-}
+BY_DEFAULT = {"one rank, ZeRO-2", "DP4 in shards of 2, ZeRO-3", "PP2 DP2 ZeRO-1, tied"}
 
 
 @pytest.mark.parametrize("name", sweep(LAYOUTS, BY_DEFAULT))

@@ -65,7 +65,7 @@ def held(configs: list[EngineConfig]) -> list[tuple[ModelStates, ModelStates]]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", sweep([1, 2, 3, 4], {2, 3}))
 def test_states_are_predicted_to_the_byte(pool: Pool, ranks: int) -> None:
     layouts = [options for n, options in LAYOUTS if n == ranks]
     configs = [tiny(**options) for options in layouts]
@@ -127,7 +127,7 @@ KEEPING: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("ranks, step", sweep(itertools.product((2, 4), (3, 1)), {(2, 3), (4, 3)}))
+@pytest.mark.parametrize("ranks, step", sweep([(2, 3), (2, 1), (4, 1)], {(2, 3)}))
 def test_what_microbatches_keep(pool: Pool, ranks: int, step: int) -> None:
     """At the highest point of the schedule, with up to two messages on their way. Here without data parallelism."""
     cases = [options for n, options in KEEPING if n == ranks][::step]

@@ -55,6 +55,7 @@ def rows(lines: list[str]) -> list[list[str]]:
     return [cells for cells in found if len(cells) == len(found[0])][1:]
 
 
+@pytest.mark.slow
 def test_a_published_model_on_384_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     """BLOOM's layout (arXiv 2211.05100, section 3.4): TP 4, PP 12, DP 8."""
     layout: dict[str, Any] = {TP: 4, PP: 12, "micro_batch_size": 2, "global_batch_size": 2048, "seq_length": 2048}

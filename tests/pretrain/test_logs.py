@@ -231,6 +231,7 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
         open_logs(config, "", 0, True)
 
 
+@pytest.mark.slow
 def test_a_run_outlives_its_logs(tmp_path: Path) -> None:
     """Metrics on a full disk, and standard output closed."""
     flags = {"data_path": write_corpus(tmp_path / "c"), "save": tmp_path / "save", "log_interval": 1}

@@ -43,7 +43,7 @@ def bytes_of(cell: str) -> list[float]:
     return [float(number) * units[unit] for number, unit in re.findall(r"([\d.]+) (\w+)", cell)]
 
 
-@pytest.mark.parametrize("stage", sweep(range(4), {0, 3}))
+@pytest.mark.parametrize("stage", sweep(range(4), {3}))
 def test_a_pipeline_with_data_parallelism(pool: Pool, corpus: str, tmp_path: Path, stage: int) -> None:
     flags: dict[str, Any] = {"data_path": corpus, "metrics": tmp_path / "m.jsonl", "train_iters": 3}
     layout = {"pipeline_model_parallel_size": 2, "pipeline_layers": "3,1", "zero_stage": stage}
