@@ -170,7 +170,7 @@ class Sleeper(nn.Module):
         super().__init__()
         self.stage, self.times = stage, times
         self.tp = SimpleNamespace(size=1, sequence_parallel=False)
-        self.config = SimpleNamespace(hidden_size=1)
+        self.config, self.layers = SimpleNamespace(hidden_size=1), nn.ModuleDict()
         self.dtype = torch.float32
         self.embedding, self.weight = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
 
