@@ -54,7 +54,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-# Stage 3 in a pipeline, and beside tensor parallelism, is below.
+# Stage 3 in a pipeline is in the default cases below: of checkpoints, and of gradients that are not finite.
 BY_DEFAULT = {
     *("TP2 PP2 SP ZeRO-1, documents and masks", "one process ZeRO-2, offload"),
     "DP2 ZeRO-3, offload of parameters too",
