@@ -180,7 +180,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {PP: 2, "pipeline_schedule": "zbv", "zero_shard_size": 2, "zero_stage": 3},
     ),
 }
-SAVED = {False: {TP: 2, "zero_stage": 1}, True: {PP: 2, "zero_stage": 1}}  # by whether it is tied
+SAVED = {False: (8, {TP: 2, PP: 2, "zero_stage": 1}), True: (4, {PP: 2, "zero_stage": 1})}  # by whether it is tied
 
 
 # Copies of a tied matrix lie on two ranks, or on two stages of one.
@@ -190,13 +190,14 @@ Saved = Callable[[bool], tuple[Path, dict[str, Any], Tensors]]
 
 @pytest.fixture(scope="module")
 def saved(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """By whether its embeddings are tied: a checkpoint of four ranks, the model's options, and what they held."""
+    """By whether its embeddings are tied: a checkpoint, the model's options, and what its ranks held."""
 
     @functools.cache
     def write(tied: bool) -> tuple[Path, dict[str, Any], Tensors]:
         root = tmp_path_factory.mktemp("saved")
         options = MODEL | (TIED if tied else {})
-        return root, options, agreed(pool.run(save_after_three_steps, 4, tiny(**options, **SAVED[tied]), root))
+        ranks, layout = SAVED[tied]
+        return root, options, agreed(pool.run(save_after_three_steps, ranks, tiny(**options, **layout), root))
 
     return write
 
